@@ -1,0 +1,1 @@
+"""The maths: one method a file, torch only."""
