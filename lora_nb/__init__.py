@@ -1,0 +1,49 @@
+"""lora_nb: parameter-efficient fine-tuning, small enough to read.
+
+    import lora_nb as ln
+    model, tokenizer = ln.load("tiny")
+    ln.attach(model, ln.LoraConfig(r=8))
+    ln.train(model, tokenizer, ln.dataset("tone"))
+    ln.save(model, "adapters/tone")
+"""
+
+__version__ = "0.1.0"
+
+from lora_nb import errors
+from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
+from lora_nb.bases import load
+from lora_nb.checkpoint import AdapterSummary, inspect, load_adapter, save
+from lora_nb.configs import LoraConfig, TrainConfig
+from lora_nb.datasets import Dataset, Pair, dataset
+from lora_nb.errors import LoraNbError
+from lora_nb.generation import generate
+from lora_nb.training.evaluation import Evaluation, evaluate
+from lora_nb.training.loop import Run, Step, steps, train
+
+__all__ = [
+    "AdapterSummary",
+    "AttachReport",
+    "Dataset",
+    "Evaluation",
+    "LoraConfig",
+    "LoraNbError",
+    "Pair",
+    "Run",
+    "Step",
+    "TrainConfig",
+    "attach",
+    "dataset",
+    "detach",
+    "disabled",
+    "errors",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load",
+    "load_adapter",
+    "parameters",
+    "save",
+    "set_active",
+    "steps",
+    "train",
+]
