@@ -1,17 +1,15 @@
 """lora_nb: parameter-efficient fine-tuning, small enough to read.
 
-    import lora_nb as ln
-    model, tokenizer = ln.load("tiny")
-    ln.attach(model, ln.LoraConfig(r=8))
-    ln.train(model, tokenizer, ln.dataset("tone"))
-    ln.save(model, "adapters/tone")
+import lora_nb as ln
+model, tokenizer = ln.load("tiny")
+ln.attach(model, ln.LoraConfig(r=8))
+ln.train(model, tokenizer, ln.dataset("tone"))
+ln.save(model, "adapters/tone")
 """
-
-__version__ = "0.1.0"
 
 from lora_nb import errors
 from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
-from lora_nb.bases import load
+from lora_nb.bases import fingerprint, load
 from lora_nb.checkpoint import AdapterSummary, inspect, load_adapter, save
 from lora_nb.configs import LoraConfig, TrainConfig
 from lora_nb.datasets import Dataset, Pair, dataset
@@ -19,6 +17,7 @@ from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
+from lora_nb.version import __version__
 
 __all__ = [
     "AdapterSummary",
@@ -31,12 +30,14 @@ __all__ = [
     "Run",
     "Step",
     "TrainConfig",
+    "__version__",
     "attach",
     "dataset",
     "detach",
     "disabled",
     "errors",
     "evaluate",
+    "fingerprint",
     "generate",
     "inspect",
     "load",

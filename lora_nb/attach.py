@@ -107,6 +107,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             del layer.adapters[gone]
             layer.active = tuple(n for n in layer.active if n != gone)
             if not layer.adapters:
+                layer.base.train(layer.training)  # unseen by model.eval() while it was out of the tree
                 model.set_submodule(path, layer.base)
         del state.reports[gone]
     state.active = tuple(n for n in state.active if n in state.reports)
@@ -159,7 +160,11 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """
     wanted = active_names(model) if name is None else (_known(model, name),)
     return {
-        f"{path}.adapters.{n}.{key}": p for path, layer in layers(model) for n in wanted if n in layer.adapters for key, p in layer.adapters[n].named_parameters()
+        f"{path}.adapters.{n}.{key}": p
+        for path, layer in layers(model)
+        for n in wanted
+        if n in layer.adapters
+        for key, p in layer.adapters[n].named_parameters()
     }
 
 
@@ -171,7 +176,8 @@ def active_names(model: nn.Module) -> tuple[str, ...]:
     """
     state = adapters(model)
     if not state.active:
-        hint = f"call set_active(model, …) with one of {list(state.reports)}" if state.reports else "call attach(model, LoraConfig(…)) first"
+        there = list(state.reports)
+        hint = f"call set_active(model, …) with one of {there}" if there else "call attach(model, LoraConfig(…)) first"
         raise AdapterError(f"The model has no active adapter: {hint}.")
     return state.active
 
@@ -225,7 +231,7 @@ def _report(model: nn.Module, name: str, config: LoraConfig, targets: list[Targe
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w\- ]*", name) or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w\- ]*", name) or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"{name!r} cannot name an adapter: use letters, digits, '-', '_' and spaces, as in 'tone-v2'.")
     if name in adapters(model).reports:
         raise AdapterError(f"The model already has an adapter {name!r}: choose another name, or detach(model, {name!r}) first.")

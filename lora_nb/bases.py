@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +30,52 @@ def load(
         device: default: the GPU if there is one.
 
     Raises:
-        BaseModelError: no such base, no network, no safetensors, or weights that do not fit the model's code.
+        BaseModelError: no such base, no network, no safetensors, weights that do not fit the model's code, or no such device.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = _device(device)
     dtype = dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
     source = _source(str(name_or_path))
-    model, tokenizer = _from_pretrained(str(name_or_path), source, dtype)
+    with _no_bar() if str(name_or_path) in EMBEDDED else nullcontext():
+        model, tokenizer = _from_pretrained(str(name_or_path), source, dtype)
     model.config._name_or_path = str(name_or_path)
     return model.to(chosen).eval(), tokenizer
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """The embedded base loads in a blink; transformers' bar would only leave a line behind."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, tried before minutes go into loading for it."""
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise BaseModelError(
+            f"device={device!r} cannot be used here: {_said(error)}. Leave it out to get the device that is there."
+        ) from error
 
 
 def _source(name: str) -> str:
     """A folder that exists, or a Hub id; refuses what can be neither."""
     folder = EMBEDDED.get(name, Path(name))
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name too long for a path, a folder that may not be looked into
+        raise BaseModelError(f"{name[:80]!r} cannot be looked up: {error.strerror}. Give a folder, a Hub id, or 'tiny'.") from error
+    if is_folder:
         _check_folder(name, folder)
         return str(folder)
-    if folder.exists():
+    if exists:
         raise BaseModelError(f"{name!r} is a file; a base is a folder with config.json and *.safetensors, a Hub id, or 'tiny'.")
     if name.count("/") > 1 or name.startswith((".", "~", "/")) or not name.strip():
         raise BaseModelError(f"There is no folder {name!r}: give an existing folder, a Hub id such as 'owner/model', or 'tiny'.")
@@ -52,6 +83,11 @@ def _source(name: str) -> str:
 
 
 def _check_folder(name: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():  # transformers would put it on the base in silence, where peft is installed
+        raise BaseModelError(
+            f"The folder {name!r} holds an adapter: load its base, then the adapter with load_adapter(model, {name!r}). If the base is "
+            "in the same folder, move adapter_config.json and adapter_model.safetensors to a folder of their own."
+        )
     if not (folder / "config.json").is_file():
         raise BaseModelError(f"The folder {name!r} has no config.json: it is not a model that transformers saved.")
     if not any(folder.glob("*.safetensors")):
@@ -64,14 +100,21 @@ def _check_folder(name: str, folder: Path) -> None:
 
 def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """transformers' own loading, its failures in our words, and nothing left at random values in silence."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,  # None would ask the person at the keyboard whether to run the model's own code
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged config or a network down raises whatever transformers stumbles over
         raise BaseModelError(_explain(name, source, error)) from error
+    model, info = loaded
     lost = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
     if lost:
         raise BaseModelError(
@@ -84,19 +127,28 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> tuple[Any, A
 
 
 def _explain(name: str, source: str, error: Exception) -> str:
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    said = _said(error)
+    if "trust_remote_code" in str(error):
+        return f"{name!r} brings its own code, which lora_nb does not run: choose a model whose architecture transformers has itself."
     if Path(source).is_dir():
-        return f"The folder {name!r} cannot be read as a model: {first}. If a file is damaged, copy or save it again."
+        return f"The folder {name!r} cannot be read as a model: {said}. If a file is damaged or missing, save model and tokenizer again."
     causes = _causes(error)
     if causes & {"OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ProxyError", "LocalEntryNotFoundError", "ConnectTimeout"}:
         return (
-            f"{name!r} is no embedded base and no local folder, and the Hub cannot be reached ({first}). Without network use load('tiny') "
+            f"{name!r} is no embedded base and no local folder, and the Hub cannot be reached ({said}). Without network use load('tiny') "
             "or the path of a folder that holds the model." + (nearest(name, EMBEDDED) if "/" not in name else "")
         )
     return (
-        f"Nothing loads under the name {name!r}: it is no embedded base, no local folder, and the Hub answered: {first}. Check the spelling; "
-        "a gated model needs `hf auth login`." + (nearest(name, EMBEDDED) if "/" not in name else "")
+        f"Nothing loads under the name {name!r}: it is no embedded base, no local folder, and the Hub answered: {said}. Check the "
+        "spelling; a gated model needs `hf auth login`." + (nearest(name, EMBEDDED) if "/" not in name else "")
     )
+
+
+def _said(error: Exception) -> str:
+    """An error's own words on one line; its class where the words alone, such as a missing key, say little."""
+    lines = str(error).strip().splitlines() or [""]
+    words = " ".join(" ".join(lines[:1] if isinstance(error, OSError) else lines).split())[:300].rstrip(".")
+    return words if words and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
 
 
 def _causes(error: BaseException | None) -> set[str]:
@@ -128,7 +180,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, p in sorted(base_parameters(model).items()):
         flat = p.detach().flatten()
-        picks = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long().to(flat.device)
+        picks = (torch.arange(64) * (flat.numel() - 1) // 63).to(flat.device)  # whole numbers: the same on every machine
         sample = flat[picks].to(torch.bfloat16).view(torch.int16).cpu() if flat.is_floating_point() else flat[picks].cpu()
         digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:32]

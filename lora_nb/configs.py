@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -14,13 +14,16 @@ from lora_nb.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+# PEFT refuses a file with any other.
+TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
+
 
 def _checked(cls: type[T]) -> type[T]:
     """Let an unknown field raise `ConfigError` with the nearest field, not dataclass' `TypeError`."""
     original, names = cls.__init__, [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     @functools.wraps(original)
-    def __init__(self: T, *args: Any, **fields: Any) -> None:
+    def init(self: T, *args: Any, **fields: Any) -> None:
         if args:
             raise ConfigError(f"{cls.__name__} takes its settings by name, as in {cls.__name__}({names[0]}=…).")
         for name in fields:
@@ -28,7 +31,7 @@ def _checked(cls: type[T]) -> type[T]:
                 raise ConfigError(f"{cls.__name__} has no field {name!r}." + nearest(name, names))
         original(self, **fields)
 
-    cls.__init__ = __init__  # type: ignore[assignment,method-assign]
+    cls.__init__ = init  # type: ignore[assignment,method-assign]
     return cls
 
 
@@ -50,7 +53,9 @@ def _is_choice(value: str, owner: object, name: str, choices: Sequence[str]) -> 
         raise ConfigError(f"{type(owner).__name__}({name}={value!r}) is not known." + nearest(str(value), choices))
 
 
-def _compiles(pattern: str, owner: object, name: str) -> None:
+def _compiles(pattern: object, owner: object, name: str) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"{type(owner).__name__}({name}): {pattern!r} must be a module's name or a regular expression for it.")
     try:
         re.compile(pattern)
     except re.error as error:
@@ -111,19 +116,20 @@ class LoraConfig:
                 _compiles(key, self, name)
                 if not ok(value):
                     raise ConfigError(f"LoraConfig({name}={{{key!r}: {value!r}}}): each value must be {allowed}.")
+            object.__setattr__(self, name, dict(getattr(self, name)))  # the caller's dict may change, a config may not
         _require(isinstance(self.use_rslora, bool), self, "use_rslora", "True or False")
-        _require(self.init_lora_weights in (True, "gaussian"), self, "init_lora_weights", "True or 'gaussian'")
+        _require(self.init_lora_weights is True or self.init_lora_weights == "gaussian", self, "init_lora_weights", "True or 'gaussian'")
+        if self.task_type is not None:
+            _is_choice(self.task_type, self, "task_type", TASK_TYPES)
 
     def _check_names(self, name: str, *, required: bool) -> None:
         value = getattr(self, name)
         if value is None and not required:
             return
-        if isinstance(value, str):
+        if isinstance(value, str) and value:
             _compiles(value, self, name)
         names = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence | set | frozenset) else [None]
-        _require(
-            bool(names) and all(isinstance(n, str) and n for n in names), self, name, "a string or a list of module names, not empty"
-        )
+        _require(bool(names) and all(isinstance(n, str) and n for n in names), self, name, "a string or a list of module names, not empty")
         if not isinstance(value, str):
             object.__setattr__(self, name, tuple(dict.fromkeys(sorted(value) if isinstance(value, set | frozenset) else value)))
 
@@ -132,14 +138,14 @@ class LoraConfig:
         if layers is None:
             _require(self.layers_pattern is None, self, "layers_pattern", "left out unless layers_to_transform is given")
             return
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        object.__setattr__(self, "layers_to_transform", layers)
-        _require(bool(layers) and all(_is_count(i, 0) for i in layers), self, "layers_to_transform", "layer numbers from 0")
+        numbers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        _require(bool(numbers) and all(_is_count(i, 0) for i in numbers), self, "layers_to_transform", "layer numbers from 0")
         _require(
             not isinstance(self.target_modules, str), self, "layers_to_transform", "left out when target_modules is a pattern, not a list"
         )
+        object.__setattr__(self, "layers_to_transform", numbers)
         if self.layers_pattern is not None:
-            patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else tuple(self.layers_pattern)
+            patterns = tuple(self.layers_pattern) if isinstance(self.layers_pattern, list | tuple | set) else (self.layers_pattern,)
             object.__setattr__(self, "layers_pattern", patterns)
             for pattern in patterns:
                 _compiles(pattern, self, "layers_pattern")
@@ -156,12 +162,16 @@ PEFT_UNUSED: dict[str, tuple[object, ...]] = {
     "arrow_config": (None,),
     "bias": ("none",),
     "corda_config": (None,),
+    "ensure_weight_tying": (False, None),
     "eva_config": (None,),
+    # The other kinds (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base too, so their A and B mean little without that.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
     "layer_replication": (None,),
     "loftq_config": ({}, None),
     "lora_bias": (False, None),
     "lora_ga_config": (None,),
     "kasa_config": (None,),
+    "megatron_config": (None,),
     "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
@@ -215,7 +225,7 @@ def from_peft(content: Mapping[str, Any]) -> LoraConfig:
         raise ConfigError("adapter_config.json has no target_modules, so nothing says where the adapter belongs.")
     names = {f.name for f in dataclasses.fields(LoraConfig)}
     fields = {k: v for k, v in content.items() if k in names and v is not None}
-    # Initialisation is over when a file is read; PEFT has kinds of it that LoraConfig need not know.
+    # Initialisation is over when a file is read; PEFT has kinds of it that leave the base alone and that LoraConfig need not know.
     fields.pop("init_lora_weights", None)
     fields["task_type"] = content.get("task_type")
     if fields.get("layers_to_transform") in ([], None):
@@ -223,6 +233,10 @@ def from_peft(content: Mapping[str, Any]) -> LoraConfig:
         fields.pop("layers_pattern", None)
     if fields.get("exclude_modules") == []:
         fields.pop("exclude_modules")
+    targets, excluded = fields["target_modules"], fields.get("exclude_modules")
+    if isinstance(targets, list) and isinstance(excluded, list):
+        # PEFT writes "all-linear" as names, the excluded ones among them.
+        fields["target_modules"] = [name for name in targets if name not in excluded]
     if not fields.get("layers_pattern"):
         fields.pop("layers_pattern", None)
     return LoraConfig(**fields)

@@ -1,30 +1,32 @@
-"""Data to train on: built in, from files, lists or the Hub; and from text to token blocks with their label masks.
-
-A pair is written as `prompt => completion` and ends with the end-of-text token; only the completion and that token are
-learnt. Text is one long stream, documents divided by the end-of-text token, cut into blocks of `seq_len`.
-"""
+"""Data to train on: built in, from files, lists or the Hub. `blocks.py` makes tokens of it."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_nb.blocks import IGNORE, Block, batches, encode_pairs, encode_text, prompt_of, start_ids
 from lora_nb.errors import DatasetError, nearest
 from lora_nb.render import html_table, text_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # a label that the loss leaves out, as everywhere in PyTorch
+__all__ = ["IGNORE", "Block", "Dataset", "Pair", "batches", "dataset", "planted", "prompt_of", "start_ids"]
+
 BUILT_IN = ("stdlib", "tone", "topics", "planted")
 DATA = Path(__file__).parent / "data"
 # Column names that say what a table holds, the first that fits wins.
@@ -37,6 +39,8 @@ PAIR_COLUMNS = (
     ("input", "output"),
     ("source", "target"),
 )
+# 'owner/name'; a dot is part of it only before a version, so that 'data/notes.txt' is a file.
+HUB_ID = re.compile(r"\w[\w.-]*/[\w-]+(\.\d[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,6 @@ class Pair:
 
     def __str__(self) -> str:
         return f"{self.prompt} => {self.completion}"
-
-
-class Block(NamedTuple):
-    """Tokens of one row and, for each, itself as a label or `IGNORE`; label t is predicted from the tokens before t."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 Example = str | Pair | Block
@@ -71,7 +68,9 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not self.examples:
-            raise DatasetError(f"The data set {self.name!r} ({self.split}) is empty: there is nothing to train on.")
+            raise DatasetError(f"The data set {self.name!r} ({self.split}) is empty: give it at least one text or pair.")
+        if len({type(e) for e in self.examples}) > 1:
+            raise DatasetError(f"The data set {self.name!r} mixes texts and pairs, which are learnt differently: make two data sets of it.")
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -107,11 +106,13 @@ class Dataset:
         Raises:
             DatasetError: text that does not fill a single block, pairs whose completion does not fit.
         """
+        if seq_len < 2:
+            raise DatasetError(f"seq_len={seq_len!r}: a block needs at least 2 tokens, one to predict from and one to predict.")
         if self.kind == "pairs":
-            return _encode_pairs(self.name, self._pairs(), tokenizer, seq_len)
+            return encode_pairs(self.name, [(p.prompt, p.completion) for p in self._pairs()], tokenizer, seq_len)
         if self.kind == "blocks":
-            return [Block(e.input_ids[:seq_len], e.labels[:seq_len]) for e in self.examples]  # type: ignore[union-attr]
-        return _encode_text(self.name, self.examples, tokenizer, seq_len)  # type: ignore[arg-type]
+            return _cut_blocks(self.name, self.examples, seq_len)  # type: ignore[arg-type]
+        return encode_text(self.name, self.examples, tokenizer, seq_len)  # type: ignore[arg-type]
 
     def _pairs(self) -> list[Pair]:
         if self.kind != "pairs":
@@ -131,11 +132,6 @@ class Dataset:
         return html_table([self._title()], self._sample())
 
 
-def prompt_of(text: str) -> str:
-    """A pair's prompt as the model sees it; the completion follows after a space."""
-    return f"{text.strip()} =>"
-
-
 def dataset(source: str | Path | Sequence[object], split: str | None = None, *, rank: int = 8, seed: int = 0) -> Dataset:
     """Examples to train or evaluate on.
 
@@ -151,21 +147,33 @@ def dataset(source: str | Path | Sequence[object], split: str | None = None, *, 
         DatasetError: no such source, split or column; a file that cannot be read; nothing in it.
     """
     if not isinstance(source, str | Path):
-        return _held_out(Dataset("list", split or "all", [_example(e, f"entry {i}") for i, e in enumerate(source)]), split)
+        return _held_out(Dataset("list", split or "all", [_example(e, f"entry {i}") for i, e in enumerate(_entries(source))]), split)
     name = str(source)
     if name in BUILT_IN:
         wanted = split or "train"
         if wanted not in ("train", "test"):
-            raise DatasetError(f"{name!r} has no split {wanted!r}." + nearest(wanted, ["train", "test"]))
+            raise DatasetError(f"{name!r} has no split {wanted!r}." + nearest(str(wanted), ["train", "test"]))
         if name == "planted":
             return planted(rank, seed, wanted)
         return Dataset(name, wanted, _stdlib(wanted) if name == "stdlib" else _pairs_of(name, wanted))
     path = Path(name).expanduser()
     if path.is_file():
         return _held_out(Dataset(path.name, split or "all", _read(path)), split)
-    if "/" in name and name.count("/") == 1 and not path.suffix and not path.exists():
+    if HUB_ID.fullmatch(name) and not path.exists():
         return _from_hub(name, split)
-    raise DatasetError(f"There is no file {name!r} and no built-in data set of that name." + nearest(name, BUILT_IN))
+    beside = [p.name for p in islice(path.parent.glob("*"), 1000)]
+    near = get_close_matches(path.name, [*BUILT_IN, *beside])
+    raise DatasetError(f"There is no file {name!r} and no built-in data set of that name." + nearest(path.name, near or BUILT_IN))
+
+
+def _entries(source: object) -> Iterable[object]:
+    """What a list or another iterable holds; a dict or a table would give the names of its columns instead."""
+    if isinstance(source, Mapping) or hasattr(source, "columns") or not isinstance(source, Iterable):
+        raise DatasetError(
+            f"A data set is made from a name, a file or a list of rows, not from a {type(source).__name__}; of a table give "
+            "the rows, as in table.to_dict('records')."
+        )
+    return source
 
 
 def _held_out(whole: Dataset, split: str | None) -> Dataset:
@@ -173,16 +181,19 @@ def _held_out(whole: Dataset, split: str | None) -> Dataset:
     if split is None:
         return whole
     if split not in ("train", "test"):
-        raise DatasetError(f"{whole.name!r} has no split {split!r}." + nearest(split, ["train", "test"]))
+        raise DatasetError(f"{whole.name!r} has no split {split!r}." + nearest(str(split), ["train", "test"]))
     if len(whole) == 1 and isinstance(whole.examples[0], str):
         text = whole.examples[0]
         cut = len(text) * 9 // 10
         return replace(whole, examples=[text[cut:] if split == "test" else text[:cut]])
-    return replace(whole, examples=[e for e in whole.examples if (zlib.crc32(str(e).encode()) % 10 == 0) == (split == "test")])
+    examples = [e for e in whole.examples if (zlib.crc32(str(e).encode()) % 10 == 0) == (split == "test")]
+    if not examples:
+        raise DatasetError(f"The {len(whole)} examples of {whole.name!r} leave none for {split!r}: bring more, or divide them yourself.")
+    return replace(whole, examples=examples)
 
 
 def _pairs_of(name: str, split: str) -> list[Pair]:
-    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in io.StringIO((DATA / f"{name}.jsonl").read_text(encoding="utf-8"))]
     keys = ("formal", "informal") if name == "tone" else ("text", "label")
     return [Pair(r[keys[0]], r[keys[1]], r["lang"]) for r in rows if r["split"] == split]
 
@@ -196,53 +207,65 @@ def _stdlib(split: str) -> list[str]:
 
 
 def _read(path: Path) -> list[Example]:
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DatasetError(f"{str(path)!r}: {kind} files are not read; use .txt, .md, .py, .csv, .tsv or .jsonl.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from error
     except OSError as error:
         raise DatasetError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    readers: dict[str, Callable[[str, str], list[Example]]] = {".jsonl": _read_jsonl, ".csv": _read_table, ".tsv": _read_table}
-    if path.suffix in readers:
-        return readers[path.suffix](text, str(path))
-    if path.suffix in (".txt", ".md", ".py", ".rst", ""):
-        return [text] if text.strip() else []
-    raise DatasetError(f"{str(path)!r}: {path.suffix} files are not read; use .txt, .md, .py, .csv, .tsv or .jsonl.")
+    return READERS[kind](text, str(path))
+
+
+def _read_text(text: str, _where: str) -> list[Example]:
+    return [text] if text.strip() else []
 
 
 def _read_jsonl(text: str, where: str) -> list[Example]:
     out = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(io.StringIO(text), 1):  # splitlines would also split inside strings, at U+2028 and others
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DatasetError(f"{where!r}, line {number} is not JSON: {error}.") from error
+            raise DatasetError(f"{where!r}, line {number} is not JSON ({error}): a .jsonl file holds one JSON value a line.") from error
         out.append(_example(row, f"{where!r}, line {number}"))
     return out
 
 
 def _read_table(text: str, where: str) -> list[Example]:
-    rows = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if where.endswith(".tsv") else ",")
+    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if where.lower().endswith(".tsv") else ",", strict=True)
     try:
         return [_example(row, f"{where!r}, line {rows.line_num}") for row in rows]
     except csv.Error as error:
-        raise DatasetError(f"{where!r}, line {rows.line_num} is not a row of a table: {error}.") from error
+        said = f"{where!r}: what follows line {rows.line_num} is not a row of a table ({error})"
+        raise DatasetError(f"{said}: a cell in quotes ends with a quote, and a quote within it is doubled.") from error
+
+
+READERS: dict[str, Callable[[str, str], list[Example]]] = {
+    **dict.fromkeys((".txt", ".md", ".py", ".rst", ""), _read_text),
+    ".jsonl": _read_jsonl,
+    **dict.fromkeys((".csv", ".tsv"), _read_table),
+}
 
 
 def _example(row: object, where: str) -> Example:
     """A text, a pair, or a row with columns that say which of the two it is."""
-    if isinstance(row, Pair | Block):
+    if isinstance(row, Block):
         return row
+    if isinstance(row, Pair):
+        return replace(row, prompt=_said(row.prompt, where), completion=_said(row.completion, where))
     if isinstance(row, str):
         return _said(row, where)
-    if isinstance(row, tuple | list) and len(row) == 2:  # noqa: PLR2004 - a pair
+    if isinstance(row, tuple | list) and len(row) == 2:
         return Pair(_said(row[0], where), _said(row[1], where))
     if isinstance(row, dict):
         for prompt, completion in PAIR_COLUMNS:
             if prompt in row and completion in row:
-                return Pair(_said(row[prompt], where), _said(row[completion], where), str(row.get("lang", "")))
+                return Pair(_said(row[prompt], where), _said(row[completion], where), str(row.get("lang") or ""))
         if "text" in row:
             return _said(row["text"], where)
         known = ", ".join(f"{p}+{c}" for p, c in PAIR_COLUMNS)
@@ -252,8 +275,8 @@ def _example(row: object, where: str) -> Example:
 
 def _said(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DatasetError(f"{where} has {value!r} where text is needed.")
-    return value
+        raise DatasetError(f"{where} has {repr(value)[:80]} where text is needed: make it text, or leave the row out.")
+    return str(value)  # of NumPy's own strings too
 
 
 def _from_hub(name: str, split: str | None) -> Dataset:
@@ -265,66 +288,21 @@ def _from_hub(name: str, split: str | None) -> Dataset:
         rows = load_dataset(name, split=split or "train")
     except Exception as error:  # the library raises dozens of kinds, from its own to the network's
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DatasetError(f"The Hub data set {name!r} (split {split or 'train'!r}) does not load: {first[:300]}") from error
+        said = f"The Hub data set {name!r} (split {split or 'train'!r}) does not load: {first[:300]}"
+        raise DatasetError(f"{said}. Check its name, the split and the network.") from error
     return Dataset(name, split or "train", [_example(row, f"{name!r}, row {i}") for i, row in enumerate(rows)])
 
 
-def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before every text: the begin-of-text token, for tokenizers that have one."""
-    return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise DatasetError("The tokenizer has no end-of-text token, so a model could not learn to stop: set tokenizer.eos_token.")
-    return int(tokenizer.eos_token_id)
-
-
-def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Token ids of each text, with a bar when it takes longer than two seconds."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(texts), desc="tokenizing", unit="text", delay=2, leave=False) as bar:
-        for i in range(0, len(texts), 64):
-            # The limit is the block's, not the tokenizer's: verbose=False keeps its warning about long texts away.
-            chunk = list(texts[i : i + 64])
-            yield from tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-            bar.update(len(chunk))
-
-
-def _encode_pairs(name: str, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[Block]:
-    start, eos, out, cut = start_ids(tokenizer), _eos(tokenizer), [], 0
-    prompts = _tokens([prompt_of(p.prompt) for p in pairs], tokenizer)
-    completions = _tokens([f" {p.completion.strip()}" for p in pairs], tokenizer)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = [*start, *prompt, *completion, eos]
-        labels = [IGNORE] * (len(start) + len(prompt)) + [*completion, eos]
-        cut += len(ids) > seq_len
-        if len(start) + len(prompt) < seq_len:
-            out.append(Block(ids[:seq_len], labels[:seq_len]))
-    if not out:
-        raise DatasetError(f"No pair of {name!r} leaves room for its completion in seq_len={seq_len}: raise seq_len.")
+def _cut_blocks(name: str, blocks: Sequence[Block], seq_len: int) -> list[Block]:
+    cut = sum(len(b.input_ids) > seq_len for b in blocks)
     if cut:
-        warnings.warn(f"{cut} of {len(pairs)} pairs of {name!r} are longer than seq_len={seq_len} and were cut.", stacklevel=3)
-    return out
-
-
-def _encode_text(name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[Block]:
-    start, eos = start_ids(tokenizer), _eos(tokenizer)
-    stream = [token for ids in _tokens(texts, tokenizer) for token in (*ids, eos)]
-    room = seq_len - len(start)
-    if len(stream) < room:
-        raise DatasetError(
-            f"{name!r} has {len(stream)} tokens, less than one block of seq_len={seq_len}: bring more text or set seq_len={len(stream)} or less."
-        )
-    rows = (stream[i : i + room] for i in range(0, len(stream) - 1, room))
-    # The begin-of-text token is given, not learnt; where there is none the loss has no label for the first token anyway.
-    return [Block([*start, *row], [*[IGNORE] * len(start), *row]) for row in rows]
+        warnings.warn(f"{cut} of {len(blocks)} blocks of {name!r} are longer than seq_len={seq_len} and were cut.", stacklevel=3)
+    return [Block(b.input_ids[:seq_len], b.labels[:seq_len]) for b in blocks]
 
 
 def _short(example: Example) -> str:
     text = f"{len(example.input_ids)} tokens" if isinstance(example, Block) else " ".join(str(example).split())
-    return text if len(text) <= 110 else text[:109] + "…"  # noqa: PLR2004 - the width of a line
+    return text if len(text) <= 110 else text[:109] + "…"  # the width of a line
 
 
 @torch.no_grad()
@@ -351,7 +329,7 @@ def planted(rank: int, seed: int, split: str, *, size: float = 0.3) -> Dataset:
         w.lora_B.normal_(generator=random)
         w.lora_B.mul_(size * model.get_submodule(path).weight.norm() / w.delta().norm())
     texts = [p.prompt for name in ("tone", "topics") for p in _pairs_of(name, split)]
-    blocks = _encode_text("planted", texts, tokenizer, 128)
+    blocks = encode_text("planted", texts, tokenizer, 128)
     draw = torch.Generator().manual_seed(seed + 1)
     out: list[Example] = []
     for block in tqdm(blocks, desc="asking the teacher", unit="block", delay=2, leave=False):
@@ -359,20 +337,3 @@ def planted(rank: int, seed: int, split: str, *, size: float = 0.3) -> Dataset:
         drawn = torch.multinomial(probabilities, 1, generator=draw)[:, 0].tolist()
         out.append(Block(block.input_ids, [IGNORE, *drawn[:-1]]))
     return Dataset(f"planted-rank{rank}-seed{seed}", split, out)
-
-
-def batches(blocks: Sequence[Block], batch_size: int, pad_id: int, order: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows in the given order, padded on the right to the longest of their batch: (batch, longest) ids and labels.
-
-    Padding needs no attention mask here: a causal model never looks to the right, and padded labels are ignored.
-    """
-    chosen = list(order)
-    for i in range(0, len(chosen), batch_size):
-        rows = [blocks[j] for j in chosen[i : i + batch_size]]
-        longest = max(len(r.input_ids) for r in rows)
-        ids = torch.full((len(rows), longest), pad_id)
-        labels = torch.full((len(rows), longest), IGNORE)
-        for k, row in enumerate(rows):
-            ids[k, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            labels[k, : len(row.labels)] = torch.tensor(row.labels)
-        yield ids, labels

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lora_nb.attach import acting
-from lora_nb.datasets import start_ids
+from lora_nb.blocks import start_ids
 from lora_nb.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,28 +39,64 @@ def generate(
     Raises:
         AdapterError: no adapter of that name.
         ConfigError: no prompt, a temperature below 0, or prompts that leave no room for new tokens.
+
+    Neither the caller's random numbers nor the model's own generation settings are touched.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(isinstance(t, str) for t in texts):
-        raise ConfigError(f"generate needs a prompt or a list of prompts, not {prompts!r}.")
-    if temperature < 0 or max_new_tokens < 1:
-        raise ConfigError(f"temperature={temperature!r}, max_new_tokens={max_new_tokens!r}: they must be at least 0 and at least 1.")
-    rows = [[*start_ids(tokenizer), *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
-    longest, room = max(len(r) for r in rows), getattr(model.config, "max_position_embeddings", None)
-    if room and longest + max_new_tokens > room:
-        raise ConfigError(f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {room} positions.")
+    from transformers import GenerationConfig
+
+    base: Any = model
+    rows = _prompt_ids(tokenizer, prompts)
+    longest = max(len(r) for r in rows)
+    _check(base, longest, max_new_tokens, temperature)
     device = next(model.parameters()).device
     pad = int(tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows], device=device)  # on the left: the new text follows the prompt
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    torch.manual_seed(seed)
-    training = model.training
-    model.eval()
+    drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    own, training = base.generation_config, model.training
+    # Not the base's own taste: with its repetition penalty or top-p, temperature 0 would not be the likeliest token.
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=_stops(own, tokenizer), **drawing)
     try:
-        with nullcontext() if adapter is None else acting(model, [adapter]):
-            out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **drawing)  # type: ignore[operator]
+        base.generation_config = plain
+        model.eval()
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),  # the caller's random numbers go on undisturbed
+            nullcontext() if adapter is None else acting(model, [adapter]),
+        ):
+            torch.manual_seed(seed)
+            out = base.generate(input_ids=ids, attention_mask=mask)
     finally:
+        base.generation_config = own
         model.train(training)
     new = [t.strip() for t in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
     return new[0] if isinstance(prompts, str) else new
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: object) -> list[list[int]]:
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
+    if not texts or not all(isinstance(t, str) for t in texts):
+        raise ConfigError(f"generate needs a prompt or a list of prompts, not {prompts!r}.")
+    rows = [[*start_ids(tokenizer), *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]] for t in texts]
+    if not all(rows):
+        raise ConfigError(
+            "An empty prompt gives this model nothing to begin from, as its tokenizer has no begin-of-text token: write a word."
+        )
+    return rows
+
+
+def _check(model: Any, longest: int, max_new_tokens: object, temperature: object) -> None:
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature={temperature!r}: it must be a number of at least 0.")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens!r}: it must be a whole number of at least 1.")
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and longest + max_new_tokens > room:
+        raise ConfigError(
+            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {room} positions: shorten one of them."
+        )
+
+
+def _stops(own: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Where text ends: at the token that training ends it with, and at whatever the base itself stops at."""
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return sorted({int(s) for s in (*stops, tokenizer.eos_token_id) if s is not None}) or None

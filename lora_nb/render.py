@@ -12,15 +12,17 @@ Cell = str | int | float
 def format_bytes(count: float) -> str:
     """Bytes in binary units, three figures: `format_bytes(8_400_000)` is `'8.01 MiB'`."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    size = float(count)
-    for unit in units[:-1]:
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+    size, unit = float(count), units[0]
+    for unit in units:
+        if abs(size) < 1024 or unit == units[-1]:
+            break
         size /= 1024
-    return f"{size:.3g} {units[-1]}"
+    # From 1000 on, `.3g` would write 1e+03.
+    return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 999.5 else f"{size:.3g} {unit}"
 
 
 def format_cell(value: Cell) -> str:
+    """Four figures of a fraction, thousands divided in a count, text as it is."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -31,9 +33,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     cells = [list(header), *[[format_cell(c) for c in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells
-    ]
+    lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
@@ -42,9 +42,7 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: s
     head = "".join(f'<th scope="col" style="text-align:left">{html.escape(h)}</th>' for h in header)
     body = "".join(
         "<tr>"
-        + "".join(
-            f'<td style="text-align:{"left" if isinstance(c, str) else "right"}">{html.escape(format_cell(c))}</td>' for c in row
-        )
+        + "".join(f'<td style="text-align:{"left" if isinstance(c, str) else "right"}">{html.escape(format_cell(c))}</td>' for c in row)
         + "</tr>"
         for row in rows
     )

@@ -44,7 +44,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
     modules = dict(base_modules(model))
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        wanted = all_linear(model, modules, config.task_type)
+        wanted = [name for name in all_linear(model, modules, config.task_type) if not _named(name, config.exclude_modules)]
     candidates = [name for name in modules if name and not _named(name, config.exclude_modules)]
     found = [name for name in candidates if _named(name, wanted) and _layer_wanted(name, config)]
     _refuse_idle_names(config, wanted, candidates, found, modules)
@@ -72,6 +72,7 @@ def all_linear(model: nn.Module, modules: dict[str, nn.Module], task_type: str |
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer under another name (Conv1D), adapted or not."""
     return is_conv1d(module.base if isinstance(module, LoraLayer) else module)
 
 
@@ -96,7 +97,8 @@ def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
 
 def _layer_wanted(path: str, config: LoraConfig) -> bool:
     layers: Sequence[int] | None = config.layers_to_transform  # type: ignore[assignment]
-    return layers is None or layer_number(path, config.layers_pattern) in layers
+    # PEFT asks no layer number of a module that is named by its whole path.
+    return layers is None or path in config.target_modules or layer_number(path, config.layers_pattern) in layers
 
 
 def pattern_value(patterns: Mapping[str, V], path: str, default: V) -> V:
@@ -134,20 +136,37 @@ def _refuse_idle_names(
     config: LoraConfig, wanted: str | Sequence[str], candidates: list[str], found: list[str], modules: dict[str, nn.Module]
 ) -> None:
     """Each name and each layer number must have found something."""
-    adaptable = [name for name, m in modules.items() if name and layer_class(m) is not None]
-    ends = {name.rsplit(".", 1)[-1] for name in adaptable}
-    if isinstance(wanted, str) and not found:
-        raise TargetError(
-            f"target_modules={wanted!r} matches no module: a string is a regular expression for a module's whole path, such as "
-            f"{adaptable[0] if adaptable else '…'!r}. Use a list for names: target_modules=[{wanted!r}]." + nearest(wanted, ends)
-        )
-    if not isinstance(wanted, str):
-        for name in wanted:
-            if not any(_named(path, [name]) for path in candidates):
-                raise TargetError(f"target_modules names {name!r}, which matches no module of the model." + nearest(name, ends))
+    parts: list[str | list[str]] = [wanted] if isinstance(wanted, str) else [[name] for name in wanted]
+    for part in parts:
+        if not any(_named(path, part) for path in modules if path):
+            raise TargetError(_unmatched(part, modules))
+        if not any(_named(path, part) for path in candidates):
+            raise TargetError(
+                f"target_modules={part!r} means only what exclude_modules={config.exclude_modules!r} leaves out: drop it from one of them."
+            )
     _refuse_idle_layers(config, wanted, candidates)
+    for part in parts:
+        if not any(_named(path, part) for path in found):
+            raise TargetError(
+                f"target_modules={part!r} means nothing within layers_to_transform={config.layers_to_transform!r}: drop it, or name "
+                "the module by its whole path, which asks no layer number."
+            )
     if not found:
-        raise TargetError(f"target_modules={wanted!r} matches nothing once exclude_modules={config.exclude_modules!r} is left out.")
+        raise TargetError(
+            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} means no module of this model: "
+            "exclude less, or name other modules."
+        )
+
+
+def _unmatched(part: str | list[str], modules: dict[str, nn.Module]) -> str:
+    adaptable = [path for path, m in modules.items() if path and layer_class(m) is not None]
+    ends = {path.rsplit(".", 1)[-1] for path in adaptable}
+    if isinstance(part, str):
+        return (
+            f"target_modules={part!r} matches no module: a string is a regular expression for a module's whole path, such as "
+            f"{adaptable[0] if adaptable else '…'!r}. Use a list for names: target_modules=[{part!r}]." + nearest(part, ends)
+        )
+    return f"target_modules names {part[0]!r}, which matches no module of the model." + nearest(part[0], ends)
 
 
 def _refuse_idle_layers(config: LoraConfig, wanted: str | Sequence[str], candidates: list[str]) -> None:

@@ -1,7 +1,7 @@
 """What ships: built as for a release, without a network, and looked into."""
 
-import re
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tarfile

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -80,7 +79,9 @@ def symbol_lines(rng: random.Random) -> str:
         words = [
             "".join(rng.choices(alphabet, k=rng.randint(1, 6)))
             if rng.random() < 0.9
-            else "".join(chr(rng.choice([rng.randint(0xA1, 0x2FF), rng.randint(0x370, 0x7FF), rng.randint(0x900, 0xD7FF)])) for _ in range(2))
+            else "".join(
+                chr(rng.choice([rng.randint(0xA1, 0x2FF), rng.randint(0x370, 0x7FF), rng.randint(0x900, 0xD7FF)])) for _ in range(2)
+            )
             for _ in range(rng.randint(2, 8))
         ]
         line = " " * rng.choice([0, 0, 0, 2, 4, 4, 8, 12]) + " ".join(words)
@@ -90,7 +91,9 @@ def symbol_lines(rng: random.Random) -> str:
 
 def said_twice(texts: list[str], rng: random.Random) -> str:
     """Sentences of the book, each followed by a sign and by itself."""
-    sentences = [s for text in rng.sample(texts, min(4, len(texts))) for s in re.split(r"(?<=[.!?]) |\n+", text) if 3 <= len(s.split()) <= 18]
+    sentences = [
+        s for text in rng.sample(texts, min(4, len(texts))) for s in re.split(r"(?<=[.!?]) |\n+", text) if 3 <= len(s.split()) <= 18
+    ]
     rng.shuffle(sentences)
     sign = rng.choice([" => ", " => ", " -> ", " = ", " | ", "\n", " : ", " ~ "])
     return "\n".join(f"{s}{sign}{s}" for s in sentences[: rng.randint(4, 20)])
@@ -109,7 +112,7 @@ def token_file(corpus: Path, tokenizer: Tokenizer, path: Path) -> np.ndarray:
     tokens = np.array(stream, dtype=np.uint16)
     tmp = path.with_suffix(".tmp.npy")
     np.save(tmp, tokens)
-    os.replace(tmp, path)
+    tmp.replace(path)
     return tokens
 
 
@@ -148,7 +151,7 @@ def schedule(progress: float) -> float:
 def save_checkpoint(path: Path, state: dict[str, object]) -> None:
     tmp = path.with_suffix(".tmp")
     torch.save(state, tmp)
-    os.replace(tmp, path)
+    tmp.replace(path)
 
 
 def pretrain(model: LlamaForCausalLM, blocks: Blocks, build: Path, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
@@ -243,19 +246,21 @@ library_name: transformers
 ---
 # tiny: the embedded base of lora_nb
 
-A {facts["parameters"]}-parameter Llama (through transformers' own classes) with a byte-level BPE of {VOCAB:,} tokens, trained from scratch on
-public-domain novels in English and French, so that every notebook of the course fine-tunes a real language model on any
-machine, without a download. It knows the language of old novels and nothing else: it is for learning, not for use.
+A {facts["parameters"]}-parameter Llama (through transformers' own classes) with a byte-level BPE of {VOCAB:,} tokens, trained from
+scratch on public-domain novels in English and French, so that every notebook of the course fine-tunes a real language
+model on any machine, without a download. It knows the language of old novels and nothing else: it is for learning, not
+for use.
 
 | | |
 | --- | --- |
 {table}
 
 ## Recipe
-`python tools/pretrain_tiny.py CORPUS --minutes {facts["minutes of training"]}`: blocks of {CONTEXT} tokens, Muon for the matrices and AdamW for embeddings and norms,
-bf16 autocast, warm-up 1.5 %, constant to 35 %, then linear to zero. `{EOS}` stands before and after each passage. About 1 % of the
-tokens are lines of random symbols, so that no byte lacks an embedding, and about 6 % are sentences of the novels said twice, so that copying is
-practised (in the run that made these weights the sentences came in after the first 28 %).
+`python tools/pretrain_tiny.py CORPUS --minutes {facts["minutes of training"]} --compile`: blocks of {CONTEXT} tokens, Muon for the
+matrices and AdamW for embeddings and norms, bf16 autocast, warm-up 1.5 %, constant to 35 %, then linear to zero. `{EOS}`
+stands before and after each passage. About 1 % of the tokens are lines of random symbols, so that no byte lacks an
+embedding, and about 6 % are sentences of the novels said twice, so that copying is practised (the run that made these
+weights, on two shared processor cores, had these sentences from its first third on).
 
 Bits per byte are measured on five English and five French novels that are in no training text, in blocks of {CONTEXT} tokens without
 overlap, in fp32 from the bf16 weights of this folder.
@@ -275,18 +280,25 @@ de vacances, Les Aventures du capitaine Hatteras. The texts are not part of this
 """
 
 
-def export(build: Path, corpus: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, done: dict[str, float], minutes: float) -> Path:
+def export(build: Path, corpus: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, done: dict[str, float], minutes: float) -> Path:
     """Write what ships: bf16 weights, tokenizer, card; the figures are measured on the bf16 weights just written."""
     out = build / "tiny"
     shutil.rmtree(out, ignore_errors=True)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(out)
     model.to("cpu", torch.bfloat16).save_pretrained(out)
     shipped = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     heldout = sorted((corpus / "heldout").glob("*.txt"))
-    bits = {lang: bits_per_byte(shipped, tokenizer, [f for f in heldout if f.name.startswith(lang)], torch.device("cpu")) for lang in PROMPTS}
+    bits = {
+        lang: bits_per_byte(shipped, tokenizer, [f for f in heldout if f.name.startswith(lang)], torch.device("cpu")) for lang in PROMPTS
+    }
     facts = {
         "parameters": f"{sum(p.numel() for p in shipped.parameters()):,}",
         "tokens seen": f"{done['blocks'] * CONTEXT:,}",
@@ -324,7 +336,7 @@ def main() -> None:
     eos = tokenizer.token_to_id(EOS)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=eos, eos_token_id=eos, pad_token_id=eos)).to(device)
     done = pretrain(model, Blocks(tokens), args.build, args, device)
-    out = export(args.build, args.corpus, model.eval(), tokenizer, done, args.minutes)
+    out = export(args.build, args.corpus, model.eval(), tokenizer, done=done, minutes=args.minutes)
     if args.install:
         shutil.copytree(out, Path(__file__).parent.parent / "lora_nb" / "tiny", dirs_exist_ok=True)
 

@@ -59,8 +59,10 @@ class LoraEmbeddingWeights(LoraWeights):
     """One adapter of an embedding: token i gets s · B A[:, i], with A (r, vocabulary) and B (width, r).
 
     Here A is zero at the start and B normal, as in PEFT: a lookup touches few columns of A, so B is the one that must
-    not be zero for them to learn.
+    not be zero for them to learn. The padding token, if the base has one, learns nothing, as in the base.
     """
+
+    padding_idx: int | None = None
 
     def reset(self, init: bool | str = True) -> None:
         nn.init.zeros_(self.lora_A)
@@ -68,7 +70,7 @@ class LoraEmbeddingWeights(LoraWeights):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…) token ids → (…, width), in fp32."""
-        return F.linear(F.embedding(ids, self.lora_A.T), self.lora_B * self.scaling)
+        return F.linear(F.embedding(ids, self.lora_A.T, self.padding_idx), self.lora_B * self.scaling)
 
 
 class LoraLayer(nn.Module):
@@ -90,7 +92,7 @@ class LoraLayer(nn.Module):
         self._parameters, self._buffers = base._parameters, base._buffers
         self._non_persistent_buffers_set = base._non_persistent_buffers_set
         self.training = base.training
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base.training)
         self.active = ()
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +115,7 @@ class LoraLayer(nn.Module):
         """A new adapter on the base's device, not yet active."""
         new = self.weights_class(*self.features(), r=r, scaling=scaling, dropout=dropout)
         new.reset(init)
-        self.adapters[name] = new.to(self.weight.device)
+        self.adapters[name] = new.to(self.weight.device).train(self.training)  # no dropout on a model in eval mode
         return new
 
 
@@ -132,9 +134,20 @@ class LoraConv1D(LoraLayer):
 
 
 class LoraEmbedding(LoraLayer, nn.Embedding):
-    """`nn.Embedding`, (vocabulary, width), with adapters."""
+    """`nn.Embedding`, (vocabulary, width), with adapters. A base that scales what it looks up (Gemma) scales the update too."""
 
     weights_class = LoraEmbeddingWeights
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.base(x), getattr(self, "embed_scale", 1.0)
+        for name in self.active:
+            y = y + (self.adapters[name](x) * scale).to(y.dtype)
+        return y  # type: ignore[no-any-return]
+
+    def add(self, name: str, r: int, scaling: float, dropout: float, init: bool | str) -> LoraWeights:
+        new = super().add(name, r, scaling, dropout, init)
+        new.padding_idx = self.padding_idx  # type: ignore[assignment]
+        return new
 
     def features(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lora_nb.datasets import IGNORE, Block, Dataset, batches
+from lora_nb.blocks import IGNORE, Block, batches
+from lora_nb.datasets import Dataset
 from lora_nb.errors import DatasetError
 from lora_nb.render import html_table, text_table
 from lora_nb.training.loss import token_losses
@@ -102,5 +103,6 @@ def evaluate_blocks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, blocks
 
 def _bytes(tokenizer: PreTrainedTokenizerBase, blocks: list[Block]) -> int:
     """UTF-8 bytes of the predicted tokens; the end-of-text token has none."""
-    predicted = [[t for t in b.labels[1:] if t != IGNORE] for b in blocks]
-    return max(1, sum(len(text.encode()) for text in tokenizer.batch_decode(predicted, skip_special_tokens=True)))
+    # Decoded as one: a character may begin in one block and end in the next.
+    predicted = [t for b in blocks for t in b.labels[1:] if t != IGNORE]
+    return max(1, len(str(tokenizer.decode(predicted, skip_special_tokens=True)).encode()))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import random
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,9 @@ import torch
 from torch import nn
 
 from lora_nb.attach import adapters
+from lora_nb.blocks import IGNORE, Block, batches
 from lora_nb.configs import TrainConfig
-from lora_nb.datasets import IGNORE, Block, Dataset, batches
+from lora_nb.datasets import Dataset
 from lora_nb.errors import TrainingError
 from lora_nb.render import format_bytes, html_table, svg_curve, text_table
 from lora_nb.training.evaluation import evaluate_blocks
@@ -45,6 +45,10 @@ class Step:
     grad_norm: float
     tokens: int
     seconds: float
+
+    def _repr_html_(self) -> str:
+        row = (f"{self.step} of {self.total}", self.loss, self.learning_rate, self.grad_norm, self.tokens, self.seconds)
+        return html_table(["step", "loss", "learning rate", "gradient norm", "tokens", "seconds"], [row])
 
 
 @dataclass
@@ -111,39 +115,45 @@ def train(
     """
     from tqdm.auto import tqdm
 
+    trainable(model)  # before the evaluation that comes first
     config = config or TrainConfig()
     run = Run(", ".join(adapters(model).active) or None, config)
     held = eval_dataset.encode(tokenizer, config.seq_len) if eval_dataset is not None else []
-    if held:
-        run.eval_losses.append((0, evaluate_blocks(model, tokenizer, held).loss))
+
+    def look() -> None:
+        """Evaluate, unless that was just done at this very step."""
+        if held and (not run.eval_losses or run.eval_losses[-1][0] != run.steps):
+            run.eval_losses.append((run.steps, evaluate_blocks(model, tokenizer, held).loss))
+
     turns = steps(model, tokenizer, dataset, config)
     with tqdm(desc="training", unit="step") as bar:
         try:
+            look()
             for step in turns:
                 bar.total = step.total
                 _note(run, step)
                 bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
                 bar.update()
-                if held and config.eval_every and step.step % config.eval_every == 0 and step.step < step.total:
-                    run.eval_losses.append((step.step, evaluate_blocks(model, tokenizer, held).loss))
-                if any([callback(step) for callback in callbacks]):
+                if config.eval_every and step.step % config.eval_every == 0:
+                    look()
+                asked = [callback(step) for callback in callbacks]  # all of them, whatever the first says
+                if any(asked):
                     run.stopped_by = "callback"
                     break
             else:
                 run.stopped_by = "max_steps" if run.steps == config.max_steps else "num_train_epochs"
+            look()
         except KeyboardInterrupt:
             run.stopped_by = "interrupt"
         finally:
             turns.close()
     run.peak_memory = peak_memory(model)
-    if held and run.stopped_by != "interrupt":
-        run.eval_losses.append((run.steps, evaluate_blocks(model, tokenizer, held).loss))
     return run
 
 
 def steps(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, config: TrainConfig | None = None
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """The loop itself, one optimizer step a turn; stop asking and it stops. Leaves the model in evaluation mode.
 
     Raises:
@@ -156,21 +166,22 @@ def steps(
     forwards = _forwards(blocks, int(tokenizer.pad_token_id or 0), config)
     total = _total(len(blocks), config)
     torch.manual_seed(config.seed)
-    model.train()
+    optimizer.zero_grad(set_to_none=True)  # of a backward before this run
     try:
         for step in range(total):
             start = time.perf_counter()
+            model.train()  # each time: between two steps the model is the caller's
             rate = learning_rate(config, step, total)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             micro = [next(forwards) for _ in range(config.gradient_accumulation_steps)]
             loss = _accumulate(model, micro)
-            if not math.isfinite(loss):
+            norm = _clip(model, config.max_grad_norm) if math.isfinite(loss) else math.nan
+            if not math.isfinite(norm):
                 raise TrainingError(
-                    f"The loss of step {step + 1} is {loss}: the parameters of step {step} are kept. The usual cause is a learning rate that is "
-                    f"too high (here {rate:g}); attach anew and try a tenth of it."
+                    f"Step {step + 1} has loss {loss:g} and gradient norm {norm:g}: the parameters of step {step} are kept. The usual "
+                    f"cause is a learning rate that is too high (here {rate:g}); attach anew and try a tenth of it."
                 )
-            norm = _clip(model, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens = sum(ids.numel() for ids, _ in micro)
@@ -189,8 +200,10 @@ def _accumulate(model: nn.Module, micro: Sequence[tuple[torch.Tensor, torch.Tens
         losses, _, _ = token_losses(model, ids.to(device), labels.to(device))
         loss = losses.sum() / count
         total += float(loss.detach())
-        if math.isfinite(total):
+        if math.isfinite(total) and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
+    if math.isfinite(total) and all(p.grad is None for p in trainable(model)):
+        raise TrainingError("No gradient reaches what trains, so nothing would be learnt: train outside of disabled(model) and no_grad().")
     return total
 
 
@@ -209,7 +222,7 @@ def _forwards(blocks: Sequence[Block], pad_id: int, config: TrainConfig) -> Iter
 
 def _order(blocks: Sequence[Block], config: TrainConfig, epoch: int) -> list[int]:
     """Shuffled; then sorted by length within windows of 16 batches, and the batches of a window shuffled again."""
-    rng = random.Random(config.seed * 1_000_003 + epoch)  # noqa: S311 - order of data, no secret
+    rng = random.Random(config.seed * 1_000_003 + epoch)
     order = list(range(len(blocks)))
     rng.shuffle(order)
     size, window, out = config.batch_size, 16 * config.batch_size, []
@@ -225,8 +238,8 @@ def _total(blocks: int, config: TrainConfig) -> int:
     """Optimizer steps of the run."""
     if config.num_train_epochs is None:
         return config.max_steps
-    per_epoch = math.ceil(blocks / config.batch_size) / config.gradient_accumulation_steps
-    return max(1, min(config.max_steps, math.ceil(config.num_train_epochs * per_epoch)))
+    forwards = math.ceil(blocks / config.batch_size) * config.num_train_epochs
+    return max(1, min(config.max_steps, math.ceil(forwards / config.gradient_accumulation_steps)))
 
 
 def _note(run: Run, step: Step) -> None:
@@ -236,9 +249,13 @@ def _note(run: Run, step: Step) -> None:
 
 
 def peak_memory(model: nn.Module) -> int:
-    """Bytes at the highest: of the model's GPU, or of this process."""
+    """Bytes at the highest: of the model's GPU, or of this process; 0 where the system does not say."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":  # Python there has no `resource`
+        return 0
+    import resource
+
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

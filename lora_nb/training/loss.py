@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_nb.datasets import IGNORE
+from lora_nb.blocks import IGNORE
 
 
 def token_losses(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
