@@ -87,7 +87,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
         state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
         setattr(model, STATE, state)
     for p in model.parameters():
-        p.requires_grad_(requires_grad=False)
+        p.requires_grad_(False)  # noqa: FBT003 - its name differs between torch's stubs and torch
     for target in targets:
         _adapt(model, target).add(name, target.r, target.scaling, config.lora_dropout, config.init_lora_weights)
     state.reports[name] = _report(model, name, config, targets)

@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from lora_nb.adapter_files import CARD, CONFIG, FLOATS, WEIGHTS, SavedAdapter, fault, read_folder, write_folder
 from lora_nb.attach import AttachReport, adapters, attach, detach, only_name, set_active, weights
 from lora_nb.bases import base_name, fingerprint
-from lora_nb.configs import LoraConfig, from_peft, to_peft
+from lora_nb.configs import LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
 from lora_nb.layers.lora import LoraEmbeddingWeights, LoraWeights, is_conv1d
 from lora_nb.render import format_bytes, html_table, text_table
 from lora_nb.targets import resolve, short_names
 from lora_nb.version import __version__
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."
-MOST_CONFIG_BYTES = 4_000_000
-MOST_HEADER_BYTES = 100_000_000
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """
     name = only_name(model, name)
     tensors = peft_tensors(model, name)
-    broken = next((f"{key!r} {fault}" for key, t in tensors.items() if (fault := _fault(t))), None)
+    broken = next((f"{key!r} {wrong}" for key, t in tensors.items() if (wrong := fault(t))), None)
     if broken:
         raise AdapterFileError(
             f"Adapter {name!r} is not saved: {broken}. What stood in {str(path)!r} is untouched. Train again with a lower learning rate."
@@ -91,7 +85,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
         "base_fingerprint": fingerprint(model),
         "config_sha256": hashlib.sha256(config).hexdigest(),
     }
-    _write(Path(path), {WEIGHTS: to_safetensors(tensors, metadata), CONFIG: config, CARD: _card(model, name)})
+    write_folder(Path(path), {WEIGHTS: to_safetensors(tensors, metadata), CONFIG: config, CARD: _card(model, name)})
     return Path(path)
 
 
@@ -107,7 +101,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
         TargetError, AdapterError: as for `attach`.
     """
     folder = Path(path)
-    saved = _read(folder)
+    saved = read_folder(folder)
     expected = _expected(model, saved.config)
     tensors = {key: t for key, t in saved.tensors.items() if not _copy_of_base(model, key, t)}
     _refuse_unfit(folder, expected, tensors)
@@ -134,7 +128,7 @@ def inspect(path: str | Path) -> AdapterSummary:
         AdapterFileError: files missing or damaged, or not an adapter that lora_nb reads.
     """
     folder = Path(path)
-    saved = _read(folder)
+    saved = read_folder(folder)
     modules: dict[str, tuple[int, int, int]] = {}
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in saved.tensors.items():
@@ -150,7 +144,7 @@ def inspect(path: str | Path) -> AdapterSummary:
         if not any(f".lora_{k}" in key for k in ("A.", "B.", "embedding_"))
     ]
     odd += [f"{module} has no pair of A and B" for module in pairs if module not in modules]
-    odd += [f"{key} {fault}" for key, t in saved.tensors.items() if (fault := _fault(t))]
+    odd += [f"{key} {wrong}" for key, t in saved.tensors.items() if (wrong := fault(t))]
     odd += ["config and weights were not saved together"] if saved.edited else []
     size = sum(p.stat().st_size for p in (folder / CONFIG, folder / WEIGHTS))
     return AdapterSummary(str(folder), saved.config, modules, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
@@ -197,128 +191,6 @@ def _card(model: nn.Module, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All files beside their goal first (a full disk shows here), synced and compared; then renamed, which needs no space."""
-    staged = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    renamed = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / CARD).exists():  # a person may have written it
-            del staged[CARD]
-        for name, tmp in staged.items():
-            _stage(tmp, files[name])
-        for name, tmp in staged.items():
-            tmp.replace(folder / name)
-            renamed += 1
-        _sync_folder(folder)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        before = "Some of the files there are new and some old: save again" if renamed else "What stood there before is untouched"
-        raise AdapterFileError(
-            f"The adapter cannot be saved in {str(folder)!r}: {getattr(error, 'strerror', None) or error}. {before}. "
-            "Choose a folder that you may write to, on a disk with room."
-        ) from error
-    finally:
-        for tmp in staged.values():
-            with suppress(OSError, ValueError):
-                tmp.unlink()
-
-
-def _stage(tmp: Path, data: bytes) -> None:
-    with tmp.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    if tmp.read_bytes() != data:
-        raise OSError("a file read back is not what was written")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the renaming survive a power cut; all is written by now, so a file system that cannot do this is no error."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A folder's content, checked as far as that goes without a model; `edited`: config and weights were not saved together."""
-
-    config: LoraConfig
-    base: str | None
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    edited: bool
-
-
-def _read(folder: Path) -> _Saved:
-    try:
-        written = _config_file(folder)
-        config, base = _parse(folder, written)
-        tensors, metadata = _read_weights(folder)
-    except OSError as error:
-        raise AdapterFileError(f"{str(folder)!r} cannot be read: {error.strerror or error}. Check the path and who may read it.") from error
-    said = metadata.get("config_sha256")
-    return _Saved(config, base, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest())
-
-
-def _config_file(folder: Path) -> bytes:
-    file = folder / CONFIG
-    if not file.is_file():
-        there = "is a file" if folder.is_file() else "does not exist" if not folder.exists() else f"has no {CONFIG}"
-        raise AdapterFileError(f"{str(folder)!r} {there}: an adapter is a folder with {CONFIG} and {WEIGHTS}.")
-    if file.stat().st_size > MOST_CONFIG_BYTES:
-        raise AdapterFileError(f"{str(file)!r} has {format_bytes(file.stat().st_size)}: no adapter config is that large.")
-    return file.read_bytes()
-
-
-def _parse(folder: Path, written: bytes) -> tuple[LoraConfig, str | None]:
-    """The settings, and what the file calls its base."""
-    try:
-        content = json.loads(written)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{str(folder / CONFIG)!r} is not valid JSON ({error}): the file is damaged. Copy or save it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise AdapterFileError(
-            f"{str(folder / CONFIG)!r} holds a {type(content).__name__}, not an object of settings: save the adapter again."
-        )
-    try:
-        config = from_peft(content)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # ConfigError, and numbers beyond a float
-        raise AdapterFileError(f"{str(folder)!r} cannot be used: {error}") from error
-    base = content.get("base_model_name_or_path")
-    return config, base if isinstance(base, str) else None
-
-
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        why = "only adapter_model.bin, a pickle, which can run code when it is opened" if pickled else f"no {WEIGHTS}"
-        raise AdapterFileError(f"{str(folder)!r} has {why}: save the adapter again as safetensors.")
-    damaged = "it is damaged, cut short or no safetensors file. Copy or save it again."
-    with file.open("rb") as f:
-        header = int.from_bytes(f.read(8), "little")
-    if header > min(MOST_HEADER_BYTES, file.stat().st_size):
-        raise AdapterFileError(f"{str(file)!r} claims a header of {format_bytes(header)}: {damaged}")
-    try:
-        with safe_open(file, framework="pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118 - not a dict
-    except (SafetensorError, ValueError) as error:
-        raise AdapterFileError(f"{str(file)!r} cannot be read ({error}): {damaged}") from error
-
-
-def _fault(tensor: Tensor) -> str | None:
-    """What no adapter's tensor may hold."""
-    if tensor.dtype not in FLOATS:
-        return f"holds {tensor.dtype}, not floating-point numbers of 16 bits or more"
-    return None if torch.isfinite(tensor.float()).all() else "holds NaN or infinity"
-
-
 def _expected(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Key → shape of every tensor that the config asks for on this model."""
     out: dict[str, tuple[int, int]] = {}
@@ -338,7 +210,7 @@ def _copy_of_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16))
 
 
-def _problems(model: nn.Module, saved: _Saved, expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     """What a lenient reader may overlook."""
     out = []
     missing, extra = [k for k in expected if k not in tensors], [k for k in tensors if k not in expected]
@@ -369,8 +241,8 @@ def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, int]], tensors
                 f"{str(folder)!r}: {key!r} is {tuple(tensor.shape)}, but this model and the config ask for {shape}. "
                 "Load the base that it was trained on, with the config that was saved with it."
             )
-        if fault := _fault(tensor):
-            raise AdapterFileError(f"{str(folder)!r}: {key!r} {fault}. Save the adapter again.")
+        if wrong := fault(tensor):
+            raise AdapterFileError(f"{str(folder)!r}: {key!r} {wrong}. Save the adapter again.")
 
 
 @torch.no_grad()

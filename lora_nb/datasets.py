@@ -327,7 +327,8 @@ def planted(rank: int, seed: int, split: str, *, size: float = 0.3) -> Dataset:
     for path, w in weights(model, "teacher").items():
         w.lora_A.normal_(generator=random)
         w.lora_B.normal_(generator=random)
-        w.lora_B.mul_(size * model.get_submodule(path).weight.norm() / w.delta().norm())
+        base = model.get_parameter(f"{path}.weight")
+        w.lora_B.mul_(size * base.norm() / w.delta().norm())
     texts = [p.prompt for name in ("tone", "topics") for p in _pairs_of(name, split)]
     blocks = encode_text("planted", texts, tokenizer, 128)
     draw = torch.Generator().manual_seed(seed + 1)

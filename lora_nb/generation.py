@@ -55,7 +55,8 @@ def generate(
     drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     own, training = base.generation_config, model.training
     # Not the base's own taste: with its repetition penalty or top-p, temperature 0 would not be the likeliest token.
-    plain = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=_stops(own, tokenizer), **drawing)
+    stops = _stops(own, tokenizer)
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops, **drawing)  # type: ignore[no-untyped-call]
     try:
         base.generation_config = plain
         model.eval()

@@ -128,7 +128,7 @@ def _features(base: nn.Module, kind: type[LoraLayer]) -> tuple[int, int]:
     if issubclass(kind, LoraEmbedding):
         return int(base.num_embeddings), int(base.embedding_dim)  # type: ignore[arg-type]
     if is_conv1d(base):
-        return base.weight.shape[0], base.weight.shape[1]  # type: ignore[index,return-value,union-attr]
+        return base.weight.shape[0], base.weight.shape[1]  # type: ignore[index,return-value]
     return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
 
 

@@ -272,8 +272,10 @@ class TestDamage:
     ) -> None:
         set_config(folder, model_type="nonesuch", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
         (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nclass M: ...\n")
-        monkeypatch.setattr(builtins, "input", Mock(side_effect=AssertionError("asked the person at the keyboard")))
+        asked = Mock(return_value="y")
+        monkeypatch.setattr(builtins, "input", asked)
         assert "brings its own code, which lora_nb does not run" in refusal(folder)
+        assert not asked.called
         assert not (tmp_path / "ran").exists()
 
     def test_an_adapter_is_no_base(self, folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""The bytes of an adapter folder: written whole or not at all, read back and compared; read without trust.
+
+Nothing here knows a model. Only safetensors is opened, never a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_nb.configs import LoraConfig, from_peft
+from lora_nb.errors import AdapterFileError
+from lora_nb.render import format_bytes
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+MOST_CONFIG_BYTES = 4_000_000
+MOST_HEADER_BYTES = 100_000_000
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All files beside their goal first (a full disk shows here), synced and compared; then renamed, which needs no space."""
+    staged = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    renamed = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / CARD).exists():  # a person may have written it
+            del staged[CARD]
+        for name, tmp in staged.items():
+            _stage(tmp, files[name])
+        for name, tmp in staged.items():
+            tmp.replace(folder / name)
+            renamed += 1
+        _sync_folder(folder)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        before = "Some of the files there are new and some old: save again" if renamed else "What stood there before is untouched"
+        raise AdapterFileError(
+            f"The adapter cannot be saved in {str(folder)!r}: {getattr(error, 'strerror', None) or error}. {before}. "
+            "Choose a folder that you may write to, on a disk with room."
+        ) from error
+    finally:
+        for tmp in staged.values():
+            with suppress(OSError, ValueError):
+                tmp.unlink()
+
+
+def _stage(tmp: Path, data: bytes) -> None:
+    with tmp.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    if tmp.read_bytes() != data:
+        raise OSError("a file read back is not what was written")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the renaming survive a power cut; all is written by now, so a file system that cannot do this is no error."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A folder's content, checked as far as that goes without a model; `edited`: config and weights were not saved together."""
+
+    config: LoraConfig
+    base: str | None
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    edited: bool
+
+
+def read_folder(folder: Path) -> SavedAdapter:
+    """The config and the tensors of a folder.
+
+    Raises:
+        AdapterFileError: files missing, damaged, of another kind, or not to be trusted.
+    """
+    try:
+        written = _config_file(folder)
+        config, base = _parse(folder, written)
+        tensors, metadata = _read_weights(folder)
+    except OSError as error:
+        raise AdapterFileError(f"{str(folder)!r} cannot be read: {error.strerror or error}. Check the path and who may read it.") from error
+    said = metadata.get("config_sha256")
+    return SavedAdapter(config, base, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest())
+
+
+def _config_file(folder: Path) -> bytes:
+    file = folder / CONFIG
+    if not file.is_file():
+        there = "is a file" if folder.is_file() else "does not exist" if not folder.exists() else f"has no {CONFIG}"
+        raise AdapterFileError(f"{str(folder)!r} {there}: an adapter is a folder with {CONFIG} and {WEIGHTS}.")
+    if file.stat().st_size > MOST_CONFIG_BYTES:
+        raise AdapterFileError(f"{str(file)!r} has {format_bytes(file.stat().st_size)}: no adapter config is that large.")
+    return file.read_bytes()
+
+
+def _parse(folder: Path, written: bytes) -> tuple[LoraConfig, str | None]:
+    """The settings, and what the file calls its base."""
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{str(folder / CONFIG)!r} is not valid JSON ({error}): the file is damaged. Copy or save it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise AdapterFileError(
+            f"{str(folder / CONFIG)!r} holds a {type(content).__name__}, not an object of settings: save the adapter again."
+        )
+    try:
+        config = from_peft(content)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # ConfigError, and numbers beyond a float
+        raise AdapterFileError(f"{str(folder)!r} cannot be used: {error}") from error
+    base = content.get("base_model_name_or_path")
+    return config, base if isinstance(base, str) else None
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        why = "only adapter_model.bin, a pickle, which can run code when it is opened" if pickled else f"no {WEIGHTS}"
+        raise AdapterFileError(f"{str(folder)!r} has {why}: save the adapter again as safetensors.")
+    damaged = "it is damaged, cut short or no safetensors file. Copy or save it again."
+    with file.open("rb") as f:
+        header = int.from_bytes(f.read(8), "little")
+    if header > min(MOST_HEADER_BYTES, file.stat().st_size):
+        raise AdapterFileError(f"{str(file)!r} claims a header of {format_bytes(header)}: {damaged}")
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{str(file)!r} cannot be read ({error}): {damaged}") from error
+
+
+def fault(tensor: Tensor) -> str | None:
+    """What no adapter's tensor may hold."""
+    if tensor.dtype not in FLOATS:
+        return f"holds {tensor.dtype}, not floating-point numbers of 16 bits or more"
+    return None if torch.isfinite(tensor.float()).all() else "holds NaN or infinity"
