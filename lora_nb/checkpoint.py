@@ -25,7 +25,7 @@ from lora_nb.configs import LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
 from lora_nb.layers.lora import LoraEmbeddingWeights, LoraWeights, is_conv1d
 from lora_nb.render import format_bytes, html_table, text_table
-from lora_nb.targets import resolve, short_names
+from lora_nb.targets import resolve, short_names, without_excluded
 from lora_nb.version import __version__
 
 PREFIX = "base_model.model."
@@ -102,7 +102,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     """
     folder = Path(path)
     saved = read_folder(folder)
-    expected = _expected(model, saved.config)
+    config = without_excluded(model, saved.config)
+    expected = _expected(model, config)
     tensors = {key: t for key, t in saved.tensors.items() if not _copy_of_base(model, key, t)}
     _refuse_unfit(folder, expected, tensors)
     problems = _problems(model, saved, expected, tensors)
@@ -111,7 +112,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     for problem in problems:
         warnings.warn(f"{str(folder)!r}: {problem}", stacklevel=2)
     active = adapters(model).active
-    report = attach(model, saved.config, name)
+    report = attach(model, config, name)
     try:
         _fill(model, name, tensors)
     except BaseException:

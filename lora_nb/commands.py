@@ -35,13 +35,13 @@ def train(
     *,
     base: Annotated[str, "tiny, a folder, or a Hub id"] = "tiny",
     out: Annotated[str, "folder to save the adapter in; default: adapters/NAME-OF-THE-DATA"] = "",
-    r: Annotated[int, "rank"] = 8,
-    lora_alpha: Annotated[float, "scale is alpha / r"] = 16,
+    r: Annotated[int, "rank"] = 16,
+    lora_alpha: Annotated[float, "scale is alpha / r"] = 32,
     target_modules: Annotated[str, "all-linear, or names divided by commas"] = "all-linear",
-    max_steps: Annotated[int, "optimizer steps"] = 200,
+    max_steps: Annotated[int, "optimizer steps"] = 300,
     batch_size: Annotated[int, "texts or pairs in a step"] = 16,
     seq_len: Annotated[int, "tokens in a block"] = 256,
-    learning_rate: Annotated[float, "peak learning rate"] = TrainConfig.learning_rate,
+    learning_rate: Annotated[float, "peak learning rate; the embedded base takes this one, large models a tenth and less"] = 5e-3,
     seed: Annotated[int, "order of the data, start of A"] = 0,
 ) -> Run:
     """Fine-tune a base with LoRA, say what it gained on held-out data, and save the adapter."""

@@ -45,7 +45,7 @@ def _is_count(value: object, least: int = 1) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_choice(value: str, owner: object, name: str, choices: Sequence[str]) -> None:
@@ -57,9 +57,9 @@ def _compiles(pattern: object, owner: object, name: str) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{type(owner).__name__}({name}): {pattern!r} must be a module's name or a regular expression for it.")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{type(owner).__name__}({name}): {pattern!r} is not a regular expression: {error}.") from error
+        re.compile(rf"(?:.*\.)?(?:{pattern})$" if name.endswith("_pattern") else pattern)  # as targets.py will use it
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{type(owner).__name__}({name}): {pattern[:80]!r} is not usable as a regular expression: {error}.") from error
 
 
 @_checked
@@ -163,7 +163,6 @@ PEFT_UNUSED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "corda_config": (None,),
     "ensure_weight_tying": (False, None),
-    "eva_config": (None,),
     # The other kinds (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base too, so their A and B mean little without that.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
     "layer_replication": (None,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
@@ -53,6 +53,16 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
     return targets
 
 
+def without_excluded(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The same config less the names that `exclude_modules` takes back whole: PEFT writes such files, a person would not."""
+    if isinstance(config.target_modules, str) or config.exclude_modules is None:
+        return config
+    paths = [path for path, _ in base_modules(model)]
+    meant = {name: [path for path in paths if _named(path, [name])] for name in config.target_modules}
+    idle = {name for name, found in meant.items() if found and all(_named(path, config.exclude_modules) for path in found)}
+    return replace(config, target_modules=[name for name in config.target_modules if name not in idle])
+
+
 def base_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """`named_modules`, without the insides of adapters that are already attached."""
     inside = tuple(f"{name}.adapters" for name, module in model.named_modules() if isinstance(module, LoraLayer))
@@ -87,11 +97,11 @@ def _named(path: str, names: str | Sequence[str] | None) -> bool:
 
 def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
     """The first number that stands alone in the path and has something after it, or the one behind `layers_pattern`."""
-    expressions = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
+    expressions = [rf"(?:^|.*?\.){p}\.(?P<number>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<number>\d+)\."]
     for expression in expressions:
         match = re.match(expression, path)
         if match:
-            return int(match.group(1))
+            return int(match["number"]) if match["number"] else None  # `h|layers` may match without one
     return None
 
 

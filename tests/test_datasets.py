@@ -147,10 +147,10 @@ def test_planted_blocks(planted) -> None:
 @torch.no_grad()
 def test_planted_labels_are_the_teachers(planted) -> None:
     """The teacher is built here anew, as plain weights: its loss is its entropy, the base's is above it."""
-    data = planted[0][2, 0]
+    data = planted[0][2, 1]
     base, tokenizer = ln.load("tiny", device="cpu")
     base_loss = ln.evaluate(base, tokenizer, data).loss
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(1)  # the seed of this data
     for path, module in base.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
             rows, columns = module.weight.shape

@@ -53,6 +53,7 @@ CASES = [
     ("llama", {"target_modules": "all-linear", "exclude_modules": r".*\.layers\.0\..*"}),
     ("llama", {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.[12]\..*q_proj"}),
     ("llama", {"target_modules": r".*_proj", "exclude_modules": ["mlp.up_proj"]}),
+    ("llama", {"target_modules": ["q_proj"], "exclude_modules": r"model\.layers\.0"}),  # the layer, not what is in it
     ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2]}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
     ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
@@ -206,6 +207,7 @@ def test_a_config_means_what_peft_says_or_is_refused_for_an_idle_part(config: Lo
 
 
 @given(st.sets(st.sampled_from(PATHS), min_size=1))
+@settings(max_examples=50, deadline=None)
 def test_short_names_mean_exactly_the_modules_they_are_made_from(paths: set[str]) -> None:
     names = short_names(LLAMA, sorted(paths))
     assert peft_means(peft.LoraConfig(target_modules=names)) == paths
@@ -231,12 +233,19 @@ def test_short_names_are_ends_where_these_suffice() -> None:
         ("layers.3.up", ["layers"], 3),
         ("layers.3.up", None, None),  # PEFT asks for something before the list's name
         ("model.layers.3", None, None),  # the layer itself
-        ("lm_head", None, None),
-        ("block1.conv", None, None),
+        ("model.layers.1.block.layers.5.up", ["layers"], 1),
+        ("model.sublayers.4.layers.2.up", ["layers"], 2),
+        ("model.sublayers.4.up", ["layers"], None),
+        ("model.h.1.up", ["h|layers"], None),  # PEFT puts no brackets around it
+        ("model.lm_head", None, None),
+        ("model.block1.conv", None, None),
     ],
 )
 def test_layer_number(path: str, patterns: list[str] | None, number: int | None) -> None:
     assert layer_number(path, patterns) == number
+    end = path.rsplit(".", 1)[-1]
+    to_peft = (peft.LoraConfig(target_modules=[end], layers_to_transform=[i], layers_pattern=patterns) for i in range(20))
+    assert [i for i, config in enumerate(to_peft) if check_target_module_exists(config, path)] == ([] if number is None else [number])
 
 
 @pytest.mark.parametrize(
@@ -265,6 +274,7 @@ MISUSE = {
     "end of a name": ({"target_modules": ["proj"]}, ["'proj'", "matches no module"]),
     "a plain string": ({"target_modules": "q_proj"}, ["whole path", "Use a list for names: target_modules=['q_proj']"]),
     "a pattern without a match": ({"target_modules": r".*\.c_attn"}, ["matches no module", "regular expression", "model.embed_tokens"]),
+    "the beginning of a path": ({"target_modules": r".*self_attn\.q"}, ["matches no module", "whole path"]),
     "a layer too many": ({"target_modules": ["q_proj"], "layers_to_transform": [0, 3]}, ["layer 3", "layers 0 to 2"]),
     "a wrong list of layers": (
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"},

@@ -107,6 +107,9 @@ class LoraLayer(nn.Module):
             y = y + self.adapters[name](x).to(y.dtype)
         return y  # type: ignore[no-any-return]
 
+    def extra_repr(self) -> str:
+        return self.base.extra_repr()
+
     def features(self) -> tuple[int, int]:
         """(in, out) of the base."""
         raise TypeError(f"{type(self).__name__} does not say its sizes")
