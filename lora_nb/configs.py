@@ -247,8 +247,8 @@ class TrainConfig:
     """How to train; names as in transformers' `TrainingArguments` where the meaning is the same.
 
     Args:
-        max_steps: optimizer steps; with `num_train_epochs` given, the smaller of the two ends the run.
-        num_train_epochs: passes over the data, or None for as many as `max_steps` asks.
+        max_steps: optimizer steps; None for as many as `num_train_epochs` asks, or 200 where that is None too.
+        num_train_epochs: passes over the data; with `max_steps` given as well, whichever ends first.
         batch_size: blocks (texts) or pairs in one forward.
         seq_len: tokens in a block; longer pairs are cut there, and the run says how many.
         gradient_accumulation_steps: forwards in one optimizer step; the loss is the mean over all their tokens.
@@ -264,7 +264,7 @@ class TrainConfig:
         ConfigError: an unknown field or a value that is not allowed.
     """
 
-    max_steps: int = 200
+    max_steps: int | None = None
     num_train_epochs: float | None = None
     batch_size: int = 8
     seq_len: int = 256
@@ -278,7 +278,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps"):
+        if self.max_steps is None and self.num_train_epochs is None:
+            object.__setattr__(self, "max_steps", 200)
+        _require(self.max_steps is None or _is_count(self.max_steps), self, "max_steps", "None or a whole number of at least 1")
+        for name in ("batch_size", "gradient_accumulation_steps"):
             _require(_is_count(getattr(self, name)), self, name, "a whole number of at least 1")
         _require(_is_count(self.seq_len, 2), self, "seq_len", "a whole number of at least 2")
         _require(_is_count(self.warmup_steps, 0), self, "warmup_steps", "a whole number of at least 0")

@@ -132,7 +132,9 @@ class Dataset:
         return html_table([self._title()], self._sample())
 
 
-def dataset(source: str | Path | Sequence[object], split: str | None = None, *, rank: int = 8, seed: int = 0) -> Dataset:
+def dataset(
+    source: str | Path | Sequence[object], split: str | None = None, *, rank: int | None = None, seed: int | None = None
+) -> Dataset:
     """Examples to train or evaluate on.
 
     Args:
@@ -141,11 +143,13 @@ def dataset(source: str | Path | Sequence[object], split: str | None = None, *, 
             .jsonl file; a Hub id (needs the `hub` extra); or a list of texts or of (prompt, completion) pairs.
         split: `"train"` or `"test"`. Built-in data default to `"train"`; files and lists to all there is, and with a split
             to a fixed tenth for `"test"` and the rest for `"train"`.
-        rank, seed: for `"planted"` only: the rank of the update, and what makes it.
+        rank, seed: for `"planted"` only: the rank of the update (8) and what makes it (0).
 
     Raises:
         DatasetError: no such source, split or column; a file that cannot be read; nothing in it.
     """
+    if source != "planted" and (rank is not None or seed is not None):
+        raise DatasetError("rank and seed say how the data set 'planted' is made; other data have neither. Leave them out.")
     if not isinstance(source, str | Path):
         return _held_out(Dataset("list", split or "all", [_example(e, f"entry {i}") for i, e in enumerate(_entries(source))]), split)
     name = str(source)
@@ -154,7 +158,7 @@ def dataset(source: str | Path | Sequence[object], split: str | None = None, *, 
         if wanted not in ("train", "test"):
             raise DatasetError(f"{name!r} has no split {wanted!r}." + nearest(str(wanted), ["train", "test"]))
         if name == "planted":
-            return planted(rank, seed, wanted)
+            return planted(8 if rank is None else rank, seed or 0, wanted)
         return Dataset(name, wanted, _stdlib(wanted) if name == "stdlib" else _pairs_of(name, wanted))
     path = Path(name).expanduser()
     if path.is_file():
@@ -265,12 +269,18 @@ def _example(row: object, where: str) -> Example:
     if isinstance(row, dict):
         for prompt, completion in PAIR_COLUMNS:
             if prompt in row and completion in row:
-                return Pair(_said(row[prompt], where), _said(row[completion], where), str(row.get("lang") or ""))
+                return Pair(_prompt(row, prompt, where), _said(row[completion], where), str(row.get("lang") or ""))
         if "text" in row:
             return _said(row["text"], where)
         known = ", ".join(f"{p}+{c}" for p, c in PAIR_COLUMNS)
         raise DatasetError(f"{where} has the columns {', '.join(map(repr, row))}; one of these is needed: {known}, or text.")
     raise DatasetError(f"{where} is a {type(row).__name__}; a text or a pair (prompt, completion) is needed.")
+
+
+def _prompt(row: dict[str, object], column: str, where: str) -> str:
+    """The prompt's column; to an instruction belongs the input that it speaks of, where the row has one."""
+    said = _said(row[column], where)
+    return f"{said}\n{_said(row['input'], where)}" if column == "instruction" and row.get("input") else said
 
 
 def _said(value: object, where: str) -> str:

@@ -56,11 +56,9 @@ BAD_LORA = [
 ]
 
 BAD_TRAIN = [
-    *[
-        (name, value, COUNT)
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps")
-        for value in (0, -1, 2.0, "3", True, None)
-    ],
+    *[(name, value, COUNT) for name in ("batch_size", "gradient_accumulation_steps") for value in (0, -1, 2.0, "3", True)],
+    ("batch_size", None, COUNT),
+    *[("max_steps", value, "None or " + COUNT) for value in (0, -1, 2.0, "3", True)],
     ("seq_len", 1, "a whole number of at least 2"),
     ("seq_len", 2.5, "a whole number of at least 2"),
     ("warmup_steps", -1, "a whole number of at least 0"),
@@ -342,3 +340,8 @@ def test_a_file_without_target_modules_is_refused() -> None:
 def test_a_file_with_a_bad_value_is_refused(broken: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(broken))):
         from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]} | broken)
+
+
+def test_steps_default_to_200_unless_epochs_are_asked_for() -> None:
+    assert TrainConfig().max_steps == 200
+    assert TrainConfig(num_train_epochs=3).max_steps is None

@@ -512,3 +512,15 @@ def test_batches_pad_on_the_right_in_the_order_asked_for() -> None:
     assert labels.tolist() == [[IGNORE, 10, IGNORE], [IGNORE, 6, 7]]
     assert (last.tolist(), last_labels.tolist()) == ([[8]], [[IGNORE]])
     assert byte_llama()(ids).logits.shape == (2, 3, 259)
+
+
+def test_an_instruction_keeps_the_input_that_it_speaks_of() -> None:
+    rows = [{"instruction": "Add.", "input": "2 and 3", "output": "5"}, {"instruction": "Greet.", "input": "", "output": "Hello"}]
+    assert [p.prompt for p in ln.dataset(rows)] == ["Add.\n2 and 3", "Greet."]
+
+
+@pytest.mark.parametrize("extra", [{"rank": 4}, {"seed": 0}])
+@pytest.mark.parametrize("source", ["tone", [("a", "b")]])
+def test_rank_and_seed_are_refused_where_they_mean_nothing(source: object, extra: dict[str, int]) -> None:
+    with pytest.raises(DatasetError, match="planted"):
+        ln.dataset(source, **extra)

@@ -237,9 +237,10 @@ def _order(blocks: Sequence[Block], config: TrainConfig, epoch: int) -> list[int
 def _total(blocks: int, config: TrainConfig) -> int:
     """Optimizer steps of the run."""
     if config.num_train_epochs is None:
-        return config.max_steps
+        return config.max_steps or 1
     forwards = math.ceil(blocks / config.batch_size) * config.num_train_epochs
-    return max(1, min(config.max_steps, math.ceil(forwards / config.gradient_accumulation_steps)))
+    wanted = max(1, math.ceil(forwards / config.gradient_accumulation_steps))
+    return min(wanted, config.max_steps or wanted)
 
 
 def _note(run: Run, step: Step) -> None:
