@@ -48,7 +48,7 @@ class LoraWeights(nn.Module):
         """(…, in) → (…, out)."""
         h = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
         h = F.linear(h, self.lora_A)  # (…, r)
-        return F.linear(h, self.lora_B * self.scaling).to(x.dtype)
+        return (F.linear(h, self.lora_B) * self.scaling).to(x.dtype)  # in PEFT's order, so that both round alike
 
     def delta(self) -> Tensor:
         """The update as a matrix, s · B A, (out, in)."""
@@ -70,7 +70,7 @@ class LoraEmbeddingWeights(LoraWeights):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(…) token ids → (…, width), in fp32."""
-        return F.linear(F.embedding(ids, self.lora_A.T, self.padding_idx), self.lora_B * self.scaling)
+        return F.linear(F.embedding(ids, self.lora_A.T, self.padding_idx), self.lora_B) * self.scaling
 
 
 class LoraLayer(nn.Module):
