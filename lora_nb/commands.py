@@ -92,16 +92,17 @@ def inspect(path: Annotated[str, "folder of a saved adapter"]) -> AdapterSummary
 
 def lab(
     *,
+    folder: Annotated[str, "folder with the notebooks; default: the course"] = "",
     port: Annotated[int, "0: the first free one from 8888 up"] = 0,
     no_browser: Annotated[bool, "only print the address"] = False,
     jupyter: Annotated[str, "further arguments for JupyterLab, in one string"] = "",
 ) -> None:
     """Open the course in JupyterLab, on its first notebook."""
-    folder = _course()
+    course = Path(folder) if folder else _course()
     port = port or _free_port()
     token = os.environ.setdefault("JUPYTER_TOKEN", secrets.token_hex(16))
     headless = sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    command = [sys.executable, "-m", "jupyterlab", str(folder / "00_start.ipynb"), f"--port={port}", "--port-retries=0"]
+    command = [sys.executable, "-m", "jupyterlab", str(course / "00_start.ipynb"), f"--port={port}", "--port-retries=0"]
     command += ["--log-level=WARN", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     command += ["--no-browser"] if no_browser or headless else []
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []

@@ -148,7 +148,7 @@ def dataset(
     Raises:
         DatasetError: no such source, split or column; a file that cannot be read; nothing in it.
     """
-    if source != "planted" and (rank is not None or seed is not None):
+    if not (isinstance(source, str) and source == "planted") and (rank is not None or seed is not None):
         raise DatasetError("rank and seed say how the data set 'planted' is made; other data have neither. Leave them out.")
     if not isinstance(source, str | Path):
         return _held_out(Dataset("list", split or "all", [_example(e, f"entry {i}") for i, e in enumerate(_entries(source))]), split)

@@ -401,7 +401,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         text('{"peft_type": "LORA", "target_modules": ["embed"], "lora_alpha": 1e999}'),
         "lora_alpha must be a number above 0",
     ),
-    "bad pattern": (option(target_modules="(q_proj"), "is not a regular expression"),
+    "bad pattern": (option(target_modules="(q_proj"), "is not usable as a regular expression"),
     "other rank": (option(r=2), "is (3, 20), but this model and the config ask for (2, 20). Load the base that it was trained on"),
     "wrong shape": (put(torch.ones(3, 11)), "is (3, 11), but this model and the config ask for (3, 12)"),
     "transposed": (tensors(lambda t: t.update({Q0A: t[Q0A].T.contiguous()})), "is (12, 3), but"),
