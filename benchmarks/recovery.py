@@ -1,6 +1,6 @@
 """How much of full fine-tuning's gain does LoRA recover? Held-out bits per byte on `stdlib`, rates tuned, three seeds.
 
-    python benchmarks/recovery.py [--jobs 2] [--steps 120]        writes benchmarks/results/recovery.json
+    python benchmarks/recovery.py [--jobs 2] [--steps 80]        writes benchmarks/results/recovery.json
 
 Every method sees the same batches. For each, the learning rate is tuned on seed 0: three neighbours in steps of √10, and
 on outwards while the best stands at the edge. Then the best rate runs with two more seeds. Tuning and reporting use
@@ -124,7 +124,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of 2,048 tokens")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
 
