@@ -6,8 +6,8 @@ CORPUS holds `en/*.txt`, `fr/*.txt` (training) and `heldout/{en,fr}-*.txt` (neve
 separated by an empty line. Stages: tokenizer, token file, training, export. Each stage is skipped when its result
 is already in DIR, and training continues from its last checkpoint, so after a kill the same command goes on.
 
-Two choices are worth knowing. Matrices are trained with Muon (Jordan et al., 2024; `torch.optim.Muon`), which needs
-about half of AdamW's tokens at this size; embeddings and norms keep AdamW. And one token in a hundred comes from
+Two choices are worth knowing. Matrices are trained with Muon (Jordan et al., 2024; `torch.optim.Muon`), which by
+its authors' figures needs fewer tokens than AdamW; embeddings and norms keep AdamW. And one token in a hundred comes from
 lines of random symbols, each repeated: novels lack `{`, `=` or indentation, and a token that was never seen has an
 embedding that a frozen base could never mend. For the same reason about six in a hundred come from sentences of the
 novels that are said twice, divided by a sign: a model of this size meets too few tokens to learn copying by itself, and
