@@ -10,11 +10,12 @@ ln.save(model, "adapters/tone")
 from lora_nb import errors
 from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
 from lora_nb.bases import fingerprint, load
-from lora_nb.checkpoint import AdapterSummary, inspect, load_adapter, save
+from lora_nb.checkpoint import load_adapter, save
 from lora_nb.configs import LoraConfig, TrainConfig
 from lora_nb.datasets import Dataset, Pair, dataset
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
+from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
 from lora_nb.version import __version__

@@ -22,6 +22,7 @@ from lora_nb.errors import AdapterFileError
 from lora_nb.render import format_bytes
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PREFIX = "base_model.model."  # before each module's path in a key, in PEFT's format
 MOST_CONFIG_BYTES = 4_000_000
 MOST_HEADER_BYTES = 100_000_000
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -95,6 +96,8 @@ def read_folder(folder: Path) -> SavedAdapter:
         tensors, metadata = _read_weights(folder)
     except OSError as error:
         raise AdapterFileError(f"{str(folder)!r} cannot be read: {error.strerror or error}. Check the path and who may read it.") from error
+    if metadata.get("weights_sha256", "") not in {"", digest(tensors)}:
+        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} holds other values than were saved: it is damaged. Copy or save it again.")
     said = metadata.get("config_sha256")
     return SavedAdapter(config, base, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest())
 
@@ -145,6 +148,15 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118 - not a dict
     except (SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{str(file)!r} cannot be read ({error}): {damaged}") from error
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and values: of what was meant to be written."""
+    out = hashlib.sha256()
+    for key, t in sorted(tensors.items()):
+        out.update(f"{key}{t.dtype}{tuple(t.shape)}".encode())
+        out.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return out.hexdigest()
 
 
 def fault(tensor: Tensor) -> str | None:

@@ -5,30 +5,40 @@ What is attached is written on the model itself (`model.lora_nb_adapters`) and n
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
 from lora_nb.configs import LoraConfig
 from lora_nb.errors import AdapterError, nearest
-from lora_nb.layers.lora import LoraLayer, LoraWeights, layer_class
+from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
+from lora_nb.layers.lora import LoraWeights
 from lora_nb.render import html_table, text_table
-from lora_nb.targets import Target, resolve
+from lora_nb.resolution import refuse_idle_settings, resolve
+from lora_nb.targets import Target, base_modules
 
 STATE = "lora_nb_adapters"
+COLUMNS = ["module", "method", "out × in", "rank", "scale", "parameters"]
 
 
 @dataclass(frozen=True)
 class MatchedModule:
-    """One adapted module: shape (out, in) of its weight as a linear map, rank, scale, parameters added."""
+    """One adapted module: shape (out, in) of its weight as a linear map, rank, scale, parameters added, and by which method.
+
+    The rank is 0 for what is trained whole; `by_module` is False where parameters were named, not the module.
+    """
 
     shape: tuple[int, int]
     rank: int
     scale: float
     parameters: int
+    method: str = "LoRA"
+    by_module: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,28 +50,37 @@ class AttachReport:
     matched: dict[str, MatchedModule]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
     def _title(self) -> str:
         share = 100 * self.trainable / self.total
         return f"adapter {self.name!r}: {len(self.matched)} modules, {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)"
 
     def _rows(self) -> list[tuple[str | int | float, ...]]:
-        return [(n, f"{m.shape[0]} × {m.shape[1]}", m.rank, m.scale, m.parameters) for n, m in self.matched.items()]
+        return [
+            (n, m.method, f"{m.shape[0]} × {m.shape[1]}", m.rank or "–", m.scale if m.rank else "–", m.parameters)
+            for n, m in self.matched.items()
+        ]
 
     def __repr__(self) -> str:
-        return self._title() + "\n" + text_table(["module", "out × in", "rank", "scale", "parameters"], self._rows())
+        return "\n".join([self._title(), *self.notes, text_table(COLUMNS, self._rows())])
 
     def _repr_html_(self) -> str:
-        table = html_table(["module", "out × in", "rank", "scale", "parameters"], self._rows())
-        return f"<details open><summary><b>{self._title()}</b></summary>{table}</details>"
+        notes = "".join(f"<p>{html.escape(note, quote=False)}</p>" for note in self.notes)
+        return f"<details open><summary><b>{html.escape(self._title(), quote=False)}</b></summary>{notes}{html_table(COLUMNS, self._rows())}</details>"
 
 
 @dataclass
 class Adapters:
-    """The adapters of one model: name → report of attaching, which act, and the base's own `requires_grad` flags."""
+    """The adapters of one model.
+
+    Reports of attaching by name; which act; facts to save with each, such as how it was trained; and the base's own
+    `requires_grad` flags.
+    """
 
     reports: dict[str, AttachReport] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
     trainable_before: dict[str, bool] = field(default_factory=dict)
 
 
@@ -80,8 +99,14 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
         TargetError: the config names something that the model lacks.
         AdapterError: the name is taken or not usable as a name.
     """
-    _check_name(model, name)
+    check_name(model, name)
     targets = resolve(model, config)
+    refuse_idle_settings(config, targets)
+    return put_on(model, config, name, targets)
+
+
+def put_on(model: nn.Module, config: LoraConfig, name: str, targets: Sequence[Target]) -> AttachReport:
+    """What `attach` does once it is clear what goes where."""
     state = adapters(model)
     if not state.reports:
         state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -89,7 +114,7 @@ def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> Attac
     for p in model.parameters():
         p.requires_grad_(False)  # noqa: FBT003 - its name differs between torch's stubs and torch
     for target in targets:
-        _adapt(model, target).add(name, target.r, target.scaling, config.lora_dropout, config.init_lora_weights)
+        _put(model, name, target, config.init_lora_weights)
     state.reports[name] = _report(model, name, config, targets)
     set_active(model, name)
     return state.reports[name]
@@ -107,9 +132,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             del layer.adapters[gone]
             layer.active = tuple(n for n in layer.active if n != gone)
             if not layer.adapters:
-                layer.base.train(layer.training)  # unseen by model.eval() while it was out of the tree
+                layer.base.training = layer.training  # unseen by model.eval() while it was out of the tree
                 model.set_submodule(path, layer.base)
         del state.reports[gone]
+        state.facts.pop(gone, None)
     state.active = tuple(n for n in state.active if n in state.reports)
     if not state.reports and hasattr(model, STATE):
         for n, p in model.named_parameters():
@@ -118,18 +144,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Let exactly these adapters act and train; several add up. An empty list leaves the base alone.
+    """Let exactly these adapters act and train; several act one after the other. An empty list leaves the base alone.
 
     Raises:
-        AdapterError: no adapter of that name.
+        AdapterError: no adapter of that name, or two of them bring a whole copy of the same parameter.
     """
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    for name in wanted:
-        _known(model, name)
+    _check_together(model, wanted)
     _switch(model, wanted)
     for _, layer in layers(model):
-        for name, weights in layer.adapters.items():
-            weights.requires_grad_(name in wanted)
+        for name, part in layer.adapters.items():
+            part.requires_grad_(name in wanted)
 
 
 @contextmanager
@@ -142,8 +167,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def acting(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     """Within the `with` block these adapters act, without a change to what trains."""
-    for name in names:
-        _known(model, name)
+    _check_together(model, names)
     before = adapters(model).active
     _switch(model, tuple(names))
     try:
@@ -159,13 +183,12 @@ def parameters(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
         AdapterError: no adapter of that name, or none attached.
     """
     wanted = active_names(model) if name is None else (_known(model, name),)
-    return {
-        f"{path}.adapters.{n}.{key}": p
-        for path, layer in layers(model)
-        for n in wanted
-        if n in layer.adapters
-        for key, p in layer.adapters[n].named_parameters()
-    }
+    found: dict[Tensor, str] = {}  # a tied parameter stands in two layers but is one
+    for path, layer in layers(model):
+        for n in wanted:
+            for key, p in layer.adapters[n].named_parameters() if n in layer.adapters else ():
+                found.setdefault(p, f"{path}.adapters.{n}.{key}")
+    return {key: p for p, key in found.items()}
 
 
 def active_names(model: nn.Module) -> tuple[str, ...]:
@@ -196,14 +219,19 @@ def only_name(model: nn.Module, name: str | None) -> str:
     return active[0]
 
 
-def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, LoraLayer]]:
+def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, AdaptedLayer]]:
     """The adapted layers by path; with a name, those that carry that adapter."""
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and (name is None or name in m.adapters)]
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and (name is None or name in m.adapters)]
+
+
+def parts(model: nn.Module, name: str) -> dict[str, Part]:
+    """Everything of one adapter by the path of the module that it belongs to."""
+    return {path: layer.adapters[name] for path, layer in layers(model, _known(model, name))}  # type: ignore[misc]
 
 
 def weights(model: nn.Module, name: str) -> Mapping[str, LoraWeights]:
-    """The weights of one adapter by the path of the module that they belong to."""
-    return {path: layer.adapters[name] for path, layer in layers(model, _known(model, name))}  # type: ignore[misc]
+    """The low-rank updates of one adapter by the path of the module that they belong to."""
+    return {path: part for path, part in parts(model, name).items() if isinstance(part, LoraWeights)}
 
 
 def _switch(model: nn.Module, wanted: tuple[str, ...]) -> None:
@@ -213,24 +241,53 @@ def _switch(model: nn.Module, wanted: tuple[str, ...]) -> None:
         layer.active = tuple(n for n in wanted if n in layer.adapters)
 
 
-def _adapt(model: nn.Module, target: Target) -> LoraLayer:
-    module = target.module
-    if isinstance(module, LoraLayer):
-        return module
-    kind = layer_class(module)
-    assert kind is not None  # resolve() has seen to it
-    layer = kind(module)
-    model.set_submodule(target.name, layer)
-    return layer
+def _check_together(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        _known(model, name)
+    for path, layer in layers(model) if len(names) > 1 else ():
+        owners: dict[str, str] = {}
+        for name in (n for n in names if n in layer.adapters):
+            for key in layer.adapters[name].copies():  # type: ignore[operator]
+                if owners.setdefault(key, name) != name:
+                    raise AdapterError(
+                        f"{owners[key]!r} and {name!r} cannot act together: each has a {key} of its own for {path!r}. Activate one of them."
+                    )
 
 
-def _report(model: nn.Module, name: str, config: LoraConfig, targets: list[Target]) -> AttachReport:
-    matched = {t.name: MatchedModule((t.out_features, t.in_features), t.r, t.scaling, t.parameters) for t in targets}
+def _put(model: nn.Module, name: str, target: Target, init: bool | str) -> None:
+    """The adapter's part into its layer; the layer into the model, where it is not there yet."""
+    layer = adapted(target.module)
+    if layer is not target.module:
+        model.set_submodule(target.name, layer)
+    part = layer.add(name, target.make(), init)
+    if target.shares is not None:
+        owner = cast("AdaptedLayer", model.get_submodule(target.shares)).adapters[name]
+        for key, p in owner.named_parameters():
+            place, _, leaf = key.rpartition(".")
+            part.get_submodule(place)._parameters[leaf] = p
+
+
+def _report(model: nn.Module, name: str, config: LoraConfig, targets: Sequence[Target]) -> AttachReport:
+    matched = {t.name: MatchedModule(t.shape, t.r, t.scaling, t.parameters, t.what, by_module=bool(t.r) and not t.inside) for t in targets}
     total = sum(p.numel() for p in model.parameters())
-    return AttachReport(name, config, matched, sum(t.parameters for t in targets), total)
+    return AttachReport(name, config, matched, sum(t.parameters for t in targets), total, _ties(model, targets))
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _ties(model: nn.Module, targets: Sequence[Target]) -> tuple[str, ...]:
+    """Where an adapter parts what the base ties together: it is what was asked for, but nobody should be surprised."""
+    chosen = {t.name: t for t in targets}
+    notes = []
+    for path, module in base_modules(model):
+        for t in targets:
+            weight = t.module._parameters.get("weight")
+            apart = path != t.name and not (path in chosen and (chosen[path].shares or t.shares))
+            if apart and weight is not None and module._parameters.get("weight") is weight and t.what != "bias":
+                notes.append(f"{t.name} shares its weight with {path} in the base; this adapter changes it for {t.name} alone.")
+    return tuple(notes)
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise unless a new adapter may have that name."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w\- ]*", name) or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"{name!r} cannot name an adapter: use letters, digits, '-', '_' and spaces, as in 'tone-v2'.")
     if name in adapters(model).reports:

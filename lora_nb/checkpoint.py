@@ -9,59 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lora_nb.adapter_files import CARD, CONFIG, FLOATS, WEIGHTS, SavedAdapter, fault, read_folder, write_folder
-from lora_nb.attach import AttachReport, adapters, attach, detach, only_name, set_active, weights
+from lora_nb.adapter_files import CARD, CONFIG, FLOATS, PREFIX, WEIGHTS, SavedAdapter, digest, fault, read_folder, write_folder
+from lora_nb.attach import AttachReport, adapters, check_name, detach, only_name, parts, put_on, set_active
 from lora_nb.bases import base_name, fingerprint
-from lora_nb.configs import LoraConfig, to_peft
+from lora_nb.configs import to_peft
 from lora_nb.errors import AdapterFileError
-from lora_nb.layers.lora import LoraEmbeddingWeights, LoraWeights, is_conv1d
-from lora_nb.render import format_bytes, html_table, text_table
-from lora_nb.targets import resolve, short_names, without_excluded
+from lora_nb.layers.lora import is_conv1d
+from lora_nb.resolution import resolve, without_idle
+from lora_nb.targets import Target, short_names
 from lora_nb.version import __version__
-
-PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """What a saved adapter is: its config, modules (path → rank, in, out), size, base, fingerprint, and what looks odd."""
-
-    path: str
-    config: LoraConfig
-    modules: dict[str, tuple[int, int, int]]
-    bytes: int
-    base: str | None
-    fingerprint: str | None
-    warnings: list[str]
-
-    def _rows(self) -> list[tuple[str, str]]:
-        c, ranks = self.config, sorted({r for r, _, _ in self.modules.values()})
-        facts = {
-            "method": "LoRA" + (", rank-stabilised" if c.use_rslora else ""),
-            "base": self.base or "not said",
-            "base fingerprint": self.fingerprint or "none: not written by lora_nb",
-            "rank": ", ".join(map(str, ranks)),
-            "alpha": f"{c.lora_alpha:g}",
-            "modules": f"{len(self.modules)}: " + ", ".join(sorted({m.rsplit(".", 1)[-1] for m in self.modules})),
-            "parameters": f"{sum(r * (i + o) for r, i, o in self.modules.values()):,}",
-            "size": format_bytes(self.bytes),
-        }
-        return [*facts.items(), *(("warning", w) for w in self.warnings)]
-
-    def __repr__(self) -> str:
-        return text_table([self.path, ""], self._rows())
-
-    def _repr_html_(self) -> str:
-        return html_table(["adapter", Path(self.path).name], self._rows())
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
@@ -83,7 +46,10 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
         "format": "pt",
         "lora_nb_version": __version__,
         "base_fingerprint": fingerprint(model),
+        "base_class": type(model).__name__,
         "config_sha256": hashlib.sha256(config).hexdigest(),
+        "weights_sha256": digest(tensors),
+        **adapters(model).facts.get(name, {}),
     }
     write_folder(Path(path), {WEIGHTS: to_safetensors(tensors, metadata), CONFIG: config, CARD: _card(model, name)})
     return Path(path)
@@ -102,9 +68,11 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     """
     folder = Path(path)
     saved = read_folder(folder)
-    config = without_excluded(model, saved.config)
-    expected = _expected(model, config)
-    tensors = {key: t for key, t in saved.tensors.items() if not _copy_of_base(model, key, t)}
+    check_name(model, name)
+    config = without_idle(model, saved.config)
+    targets = resolve(model, config)
+    expected = _expected(targets)
+    tensors = {key: t for key, t in saved.tensors.items() if key in expected or not _copy_of_base(model, key, t)}
     _refuse_unfit(folder, expected, tensors)
     problems = _problems(model, saved, expected, tensors)
     if problems and strict:
@@ -112,9 +80,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     for problem in problems:
         warnings.warn(f"{str(folder)!r}: {problem}", stacklevel=2)
     active = adapters(model).active
-    report = attach(model, config, name)
+    report = put_on(model, config, name, targets)
     try:
         _fill(model, name, tensors)
+        adapters(model).facts[name] = {k: v for k, v in saved.metadata.items() if k.startswith("training_")}
     except BaseException:
         detach(model, name)
         set_active(model, active)
@@ -122,56 +91,20 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     return report
 
 
-def inspect(path: str | Path) -> AdapterSummary:
-    """What a saved adapter is, from its files alone: no model is needed and none is loaded.
-
-    Raises:
-        AdapterFileError: files missing or damaged, or not an adapter that lora_nb reads.
-    """
-    folder = Path(path)
-    saved = read_folder(folder)
-    modules: dict[str, tuple[int, int, int]] = {}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in saved.tensors.items():
-        for mark in (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"):
-            if key.startswith(PREFIX) and key.endswith(mark):
-                pairs.setdefault(key[len(PREFIX) : -len(mark)], {})[mark.removesuffix(".weight")[-1]] = tensor
-    for module, pair in pairs.items():
-        if set(pair) == {"A", "B"} and all(t.ndim == 2 for t in pair.values()):
-            modules[module] = (pair["A"].shape[0], pair["A"].shape[1], pair["B"].shape[0])
-    odd = [
-        f"key {key!r} is not one of a LoRA weight"
-        for key in saved.tensors
-        if not any(f".lora_{k}" in key for k in ("A.", "B.", "embedding_"))
-    ]
-    odd += [f"{module} has no pair of A and B" for module in pairs if module not in modules]
-    odd += [f"{key} {wrong}" for key, t in saved.tensors.items() if (wrong := fault(t))]
-    odd += ["config and weights were not saved together"] if saved.edited else []
-    size = sum(p.stat().st_size for p in (folder / CONFIG, folder / WEIGHTS))
-    return AdapterSummary(str(folder), saved.config, modules, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
-
-
 def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys, on the CPU."""
+    """The adapter's tensors under PEFT's keys, on the CPU; what two tied layers share is there under both names, as in PEFT."""
     return {
-        key: p.detach().to("cpu").contiguous()
-        for path, w in weights(model, name).items()
-        for key, p in zip(_keys(path, w), (w.lora_A, w.lora_B), strict=True)
+        f"{PREFIX}{path}{end}": t.detach().to("cpu", copy=True).contiguous()
+        for path, part in parts(model, name).items()
+        for end, t in part.saved().items()
     }
-
-
-def _keys(path: str, w: LoraWeights | type[LoraWeights]) -> tuple[str, str]:
-    """PEFT's two keys for one module: an embedding's are bare parameters, without `.weight`."""
-    kind = w if isinstance(w, type) else type(w)
-    if issubclass(kind, LoraEmbeddingWeights):
-        return f"{PREFIX}{path}.lora_embedding_A", f"{PREFIX}{path}.lora_embedding_B"
-    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
 
 
 def _config_bytes(model: nn.Module, name: str) -> bytes:
     report = adapters(model).reports[name]
-    conv1d = [is_conv1d(model.get_submodule(path).base) for path in report.matched]  # type: ignore[arg-type]
-    content = to_peft(report.config, short_names(model, list(report.matched)), base_name(model), fan_in_fan_out=any(conv1d))
+    ranked = [path for path, m in report.matched.items() if m.by_module]
+    conv1d = any(is_conv1d(model.get_submodule(path)) for path in ranked)
+    content = to_peft(report.config, short_names(model, ranked) if ranked else [], base_name(model), fan_in_fan_out=conv1d)
     return json.dumps(content, indent=2).encode()  # in its own order: the first key of a rank_pattern that matches wins
 
 
@@ -192,14 +125,9 @@ def _card(model: nn.Module, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _expected(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Key → shape of every tensor that the config asks for on this model."""
-    out: dict[str, tuple[int, int]] = {}
-    for t in resolve(model, config):
-        kind: type[LoraWeights] = LoraEmbeddingWeights if isinstance(t.module, nn.Embedding) else LoraWeights
-        a, b = _keys(t.name, kind)
-        out[a], out[b] = (t.r, t.in_features), (t.out_features, t.r)
-    return out
+def _expected(targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
+    """Key → shape of every tensor that these targets ask for."""
+    return {f"{PREFIX}{t.name}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
 
 
 def _copy_of_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
@@ -207,11 +135,12 @@ def _copy_of_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
     if not key.startswith(PREFIX) or ".lora_" in key or tensor.dtype not in FLOATS:
         return False
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head has a name of its own, too
-    own = everything.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+    plain = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".").replace(".token_adapter.", ".")
+    own = everything.get(plain)
     return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16))
 
 
-def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
+def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, object], tensors: Mapping[str, Tensor]) -> list[str]:
     """What a lenient reader may overlook."""
     out = []
     missing, extra = [k for k in expected if k not in tensors], [k for k in tensors if k not in expected]
@@ -226,7 +155,7 @@ def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, Any]
     return out
 
 
-def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, int]], tensors: Mapping[str, Tensor]) -> None:
+def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
     """What no reader may overlook: shapes, types, values."""
     if not any(key in tensors for key in expected):
         raise AdapterFileError(
@@ -248,6 +177,8 @@ def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, int]], tensors
 
 @torch.no_grad()
 def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    for path, w in weights(model, name).items():
-        for key, p in zip(_keys(path, w), (w.lora_A, w.lora_B), strict=True):
-            p.copy_(tensors[key]) if key in tensors else p.zero_()
+    """A part that the file does not have whole stays at its start, where it changes nothing."""
+    for path, part in parts(model, name).items():
+        own = {f"{PREFIX}{path}{end}": p for end, p in part.tensors().items()}
+        for key, p in own.items() if own.keys() <= tensors.keys() else ():
+            p.copy_(tensors[key])

@@ -15,13 +15,14 @@ from typing import Annotated
 
 from lora_nb.attach import attach
 from lora_nb.bases import load
-from lora_nb.checkpoint import AdapterSummary, load_adapter, save
-from lora_nb.checkpoint import inspect as inspect_adapter
+from lora_nb.checkpoint import load_adapter, save
 from lora_nb.configs import LoraConfig, TrainConfig
 from lora_nb.datasets import dataset, prompt_of
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate as generate_text
 from lora_nb.render import text_table
+from lora_nb.summary import AdapterSummary
+from lora_nb.summary import inspect as inspect_adapter
 from lora_nb.training.evaluation import evaluate
 from lora_nb.training.loop import Run
 from lora_nb.training.loop import train as train_model

@@ -23,7 +23,7 @@ from lora_nb.attach import (
 )
 from lora_nb.configs import LoraConfig
 from lora_nb.errors import AdapterError
-from lora_nb.layers.lora import LoraEmbedding, LoraLayer, LoraLinear
+from lora_nb.layers.adapted import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from tests.models import (
     fill,
     peft_layers,
@@ -144,7 +144,7 @@ def test_adapted_layers_are_what_they_stand_for() -> None:
     kinds = {name: nn.Linear if isinstance(m, nn.Linear) else nn.Embedding for name, m in model.named_modules() if hasattr(m, "weight")}
     attach(model, EMBEDDINGS)
     adapted = dict(layers(model))
-    assert {type(m) for m in adapted.values()} == {LoraLinear, LoraEmbedding}
+    assert {type(m) for m in adapted.values()} == {AdaptedLinear, AdaptedEmbedding}
     assert all(isinstance(layer, kinds[name]) for name, layer in adapted.items())
     assert model.get_input_embeddings() is adapted["model.embed_tokens"]
     assert model.get_output_embeddings() is adapted["lm_head"]
@@ -508,7 +508,7 @@ def test_weights_and_layers_are_found_by_path() -> None:
     for path, w in weights(model, "tone").items():
         assert model.get_submodule(path).adapters["tone"] is w
     assert len(layers(model)) == 21
-    assert all(isinstance(layer, LoraLayer) for _, layer in layers(model))
+    assert all(isinstance(layer, AdaptedLayer) for _, layer in layers(model))
 
 
 @pytest.mark.parametrize("call", [detach, set_active, parameters, weights, only_name, lambda m, n: acting(m, [n]).__enter__()])

@@ -9,164 +9,217 @@ B starts at zero, so the model starts as it was; and since ∂L/∂A = s·Bᵀ(�
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
+from lora_nb.layers.lora_init import start
 
-class LoraWeights(nn.Module):
-    """One adapter of one layer: the update x ↦ s · B A x.
+CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
+
+
+class LoraWeights(Part):
+    """One adapter of one linear layer: the update x ↦ s · (B A x + c).
 
     Args:
-        in_features, out_features: sizes of the layer that it belongs to.
-        r: rank; at most the smaller of the two sizes.
+        base: the layer that it belongs to.
+        r: rank; at most the smaller of the layer's two sizes.
         scaling: the factor s.
         dropout: probability with which an entry of the input is zeroed while training.
+        lora_bias: give B a bias c (out,), zero at the start; there is none otherwise.
+        whole: parameters of the base to train beside, such as its bias.
 
-    Both matrices are fp32 whatever the layer's type, as small updates vanish in 16 bits; under autocast the products
-    are computed in its type. The result has the input's type.
+    The matrices are fp32 whatever the layer's type, as small updates vanish in 16 bits; under autocast the products
+    are computed in its type. The result has the output's type.
+
+    Initialisations that start from W's own directions (PiSSA, OLoRA) would change the base: what they would take from it
+    is kept beside A and B instead, as the constants `start_a` and `start_b`, and the update is s · (B A − B₀ A₀). So the
+    base stays as it is, bit for bit.
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, scaling: float, dropout: float = 0.0) -> None:
-        super().__init__()
+    lora_bias: nn.Parameter | None
+    start_a: Tensor | None
+    start_b: Tensor | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        scaling: float,
+        *,
+        dropout: float = 0.0,
+        lora_bias: bool = False,
+        whole: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(whole)
         self.r, self.scaling, self.dropout = r, scaling, dropout
-        self.lora_A = nn.Parameter(torch.empty(r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r))
+        a, b = self.shapes(base, r)
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(a)), nn.Parameter(torch.empty(b))
+        self.register_parameter("lora_bias", nn.Parameter(torch.empty(b[0])) if lora_bias else None)
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
 
-    def reset(self, init: bool | str = True) -> None:
-        """A uniform in ±1/√in (`True`, as PEFT) or normal with deviation 1/r (`"gaussian"`); B zero."""
-        if init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and of B."""
+        fan_out, fan_in = matrix(base).shape
+        return (r, fan_in), (fan_out, r)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reset(self, layer: AdaptedLayer, init: bool | str = True) -> None:
+        """As `init_lora_weights` says (see `lora_init.py`); c zero."""
+        super().reset(layer, init)
+        self.start_a, self.start_b = start(self.lora_A, self.lora_B, init, lambda: matrix(layer), self.scaling)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        h = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        h = F.linear(h, self.lora_A)  # (…, r)
-        return (F.linear(h, self.lora_B) * self.scaling).to(x.dtype)  # in PEFT's order, so that both round alike
+        y = inner(x)
+        return y + self.update(layer, self.dropped(x)).to(y.dtype)  # type: ignore[no-any-return]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input as the adapter sees it: in its own type, with entries zeroed while it trains."""
+        return F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+
+    def update(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        """s · (B A x + c), in PEFT's order, so that both round alike."""
+        h = self.up(layer, self.down(layer, x, self.lora_A), self.lora_B)
+        if self.lora_bias is not None:
+            h = h + self.lora_bias.view(-1, *[1] * (self.lora_B.ndim - 2))
+        if self.start_a is not None and self.start_b is not None:
+            h = h - self.up(layer, self.down(layer, x, self.start_a), self.start_b)
+        return h * self.scaling
+
+    def down(self, layer: AdaptedLayer, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, a)  # (…, r)
+
+    def up(self, layer: AdaptedLayer, h: Tensor, b: Tensor) -> Tensor:
+        return F.linear(h, b)  # (…, out)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A as (r, fan-in) and B as (out, r), the constants that an initialisation left among them."""
+        a, b = self.lora_A.flatten(1), self.lora_B.flatten(1)
+        if self.start_a is not None and self.start_b is not None:
+            a, b = torch.cat([a, self.start_a.flatten(1)]), torch.cat([b, -self.start_b.flatten(1)], 1)
+        return a, b
 
     def delta(self) -> Tensor:
-        """The update as a matrix, s · B A, (out, in)."""
-        return (self.lora_B @ self.lora_A) * self.scaling
+        """The update as a matrix, s · B A, (out, fan-in)."""
+        a, b = self.factors()
+        return (b @ a) * self.scaling
+
+    def merge(self, layer: AdaptedLayer, values: dict[str, Tensor]) -> None:
+        super().merge(layer, values)
+        weight = values["weight"]
+        values["weight"] = (weight + unmatrix(layer, self.delta())).to(weight.dtype)
+        if self.lora_bias is not None:
+            values["bias"] = with_bias(values, self.lora_bias * self.scaling)
+
+    def tensors(self) -> dict[str, Tensor]:
+        whole = {f".base_layer.{name}": p for name, p in self.whole.items()}
+        bias = {".lora_B.bias": self.lora_bias} if self.lora_bias is not None else {}
+        return {".lora_A.weight": self.lora_A, ".lora_B.weight": self.lora_B, **bias, **whole}
+
+    def saved(self) -> dict[str, Tensor]:
+        """As plain LoRA: constants of the start become further rows of A and columns of B."""
+        a, b = self.factors()
+        wide = {id(self.lora_A): a.reshape(-1, *self.lora_A.shape[1:]), id(self.lora_B): b.reshape(len(b), -1, *self.lora_B.shape[2:])}
+        return {key: wide.get(id(p), p) for key, p in self.tensors().items()}
+
+
+class LoraConvWeights(LoraWeights):
+    """One adapter of a convolution: A (r, in, k…) slides as the base's kernel does, B (out, r/groups, 1…) mixes its channels."""
+
+    @staticmethod
+    def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        kernel: tuple[int, ...] = base.kernel_size  # type: ignore[assignment]
+        return (r, int(base.in_channels), *kernel), (int(base.out_channels), r // int(base.groups), *[1] * len(kernel))  # type: ignore[arg-type]
+
+    def down(self, layer: AdaptedLayer, x: Tensor, a: Tensor) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        return CONV[a.ndim](x, a, None, layer.stride, padding, layer.dilation)  # type: ignore[no-any-return]
+
+    def up(self, layer: AdaptedLayer, h: Tensor, b: Tensor) -> Tensor:
+        return CONV[b.ndim](h, b, groups=layer.groups)  # type: ignore[no-any-return]
+
+    def merge(self, layer: AdaptedLayer, values: dict[str, Tensor]) -> None:
+        if layer.groups > 1:
+            raise TypeError(f"each of the {layer.groups} groups reads its own channels, the update reads all of them")
+        super().merge(layer, values)
 
 
 class LoraEmbeddingWeights(LoraWeights):
     """One adapter of an embedding: token i gets s · B A[:, i], with A (r, vocabulary) and B (width, r).
 
     Here A is zero at the start and B normal, as in PEFT: a lookup touches few columns of A, so B is the one that must
-    not be zero for them to learn. The padding token, if the base has one, learns nothing, as in the base.
+    not be zero for them to learn. The padding token, if the base has one, learns nothing, as in the base. A base that
+    scales what it looks up (Gemma) scales the update too.
     """
 
-    padding_idx: int | None = None
-
-    def reset(self, init: bool | str = True) -> None:
+    @torch.no_grad()
+    def reset(self, layer: AdaptedLayer, init: bool | str = True) -> None:
+        Part.reset(self, layer, init)
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(…) token ids → (…, width), in fp32."""
-        return F.linear(F.embedding(ids, self.lora_A.T, self.padding_idx), self.lora_B) * self.scaling
+    def dropped(self, x: Tensor) -> Tensor:
+        """Token ids are not zeroed."""
+        return x
 
+    def update(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        return super().update(layer, x) * cast("float", getattr(layer, "embed_scale", 1.0))
 
-class LoraLayer(nn.Module):
-    """A layer with adapters: the sum of the base's output and of each active adapter's update.
+    def down(self, layer: AdaptedLayer, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.T, layer.padding_idx)
 
-    It stands where the base stood and shares the base's own table of parameters, so names in the state dict, tied
-    weights, `.to()` and whatever else reaches for `weight` find what they found before. The base itself is kept beside
-    the module tree, unregistered, and is put back by `detach`.
-    """
-
-    weights_class: type[LoraWeights] = LoraWeights
-    base: nn.Module
-    adapters: nn.ModuleDict
-    active: tuple[str, ...]
-
-    def __init__(self, base: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["base"] = base
-        self._parameters, self._buffers = base._parameters, base._buffers
-        self._non_persistent_buffers_set = base._non_persistent_buffers_set
-        self.training = base.training
-        self.adapters = nn.ModuleDict().train(base.training)
-        self.active = ()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["base"], name)  # in_features, padding_idx, quant_state, …
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for name in self.active:
-            y = y + self.adapters[name](x).to(y.dtype)
-        return y  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return self.base.extra_repr()
-
-    def features(self) -> tuple[int, int]:
-        """(in, out) of the base."""
-        raise TypeError(f"{type(self).__name__} does not say its sizes")
-
-    def add(self, name: str, r: int, scaling: float, dropout: float, init: bool | str) -> LoraWeights:
-        """A new adapter on the base's device, not yet active."""
-        new = self.weights_class(*self.features(), r=r, scaling=scaling, dropout=dropout)
-        new.reset(init)
-        self.adapters[name] = new.to(self.weight.device).train(self.training)  # no dropout on a model in eval mode
-        return new
-
-
-class LoraLinear(LoraLayer, nn.Linear):
-    """`nn.Linear`, W (out, in), with adapters: h = W x + b + Σ s · B A x."""
-
-    def features(self) -> tuple[int, int]:
-        return self.in_features, self.out_features
-
-
-class LoraConv1D(LoraLayer):
-    """transformers' `Conv1D` (GPT-2): a linear layer that stores W transposed, (in, out). A and B are as for a linear."""
-
-    def features(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-
-class LoraEmbedding(LoraLayer, nn.Embedding):
-    """`nn.Embedding`, (vocabulary, width), with adapters. A base that scales what it looks up (Gemma) scales the update too."""
-
-    weights_class = LoraEmbeddingWeights
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, scale = self.base(x), getattr(self, "embed_scale", 1.0)
-        for name in self.active:
-            y = y + (self.adapters[name](x) * scale).to(y.dtype)
-        return y  # type: ignore[no-any-return]
-
-    def add(self, name: str, r: int, scaling: float, dropout: float, init: bool | str) -> LoraWeights:
-        new = super().add(name, r, scaling, dropout, init)
-        new.padding_idx = self.padding_idx  # type: ignore[assignment]
-        return new
-
-    def features(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
+    def tensors(self) -> dict[str, Tensor]:
+        whole = {f".base_layer.{name}": p for name, p in self.whole.items()}
+        return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B, **whole}
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, told by its looks so that torch is all this file needs."""
+    """transformers' Conv1D (GPT-2), a linear layer that stores W transposed, (in, out); told by its looks, so that torch is all we need."""
+    module = getattr(module, "base", module) if isinstance(module, AdaptedLayer) else module
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
 
 
-def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+def is_transposed(module: nn.Module) -> bool:
+    """Whether its weight is stored with the inputs first: Conv1D (in, out) and embeddings (vocabulary, width)."""
+    return is_conv1d(module) or isinstance(module, nn.Embedding)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as a matrix (out, fan-in): of a convolution (out, in·k…), of an embedding (width, vocabulary)."""
+    weight: Any = module.weight_dense() if hasattr(module, "weight_dense") else module.weight  # 4 bits are made dense
+    return as_matrix(module, weight)
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """`weight`, stored as `module` stores its own, as a matrix (out, fan-in)."""
+    return weight.T if is_transposed(module) else weight.flatten(1)
+
+
+def unmatrix(module: nn.Module, m: Tensor) -> Tensor:
+    """From a matrix (out, fan-in) back to the shape in which the base stores its weight."""
+    return m.T if is_transposed(module) else m.view_as(module.weight) if m.ndim != module.weight.ndim else m  # type: ignore[arg-type,operator]
+
+
+def with_bias(values: dict[str, Tensor], more: Tensor) -> Tensor:
+    """The base's bias plus `more`; a base without one gets it."""
+    bias = values.get("bias")
+    return more if bias is None else (bias + more).to(bias.dtype)
+
+
+def weights_class(module: nn.Module) -> type[LoraWeights] | None:
     """Which of the classes above adapts `module`; None where LoRA has no form for it."""
-    if isinstance(module, LoraLayer):
-        return type(module)
-    if is_conv1d(module):
-        return LoraConv1D
-    if isinstance(module, nn.Linear):
-        return LoraLinear
-    return LoraEmbedding if isinstance(module, nn.Embedding) else None
+    if isinstance(module, nn.Embedding):
+        return LoraEmbeddingWeights
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not getattr(module, "transposed", False):
+        return LoraConvWeights
+    return LoraWeights if isinstance(module, nn.Linear) or is_conv1d(module) else None
