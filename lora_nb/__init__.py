@@ -15,6 +15,7 @@ from lora_nb.configs import LoraConfig, TrainConfig
 from lora_nb.datasets import Dataset, Pair, dataset
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
+from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluation",
     "LoraConfig",
     "LoraNbError",
+    "MergeReport",
     "Pair",
     "Run",
     "Step",
@@ -43,9 +45,11 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "merge",
     "parameters",
     "save",
     "set_active",
     "steps",
     "train",
+    "unmerge",
 ]

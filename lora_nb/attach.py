@@ -14,7 +14,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lora_nb.configs import LoraConfig
+from lora_nb.bottleneck_targets import resolve_bottleneck
+from lora_nb.configs import BottleneckConfig, LoraConfig
 from lora_nb.errors import AdapterError, nearest
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.layers.lora import LoraWeights
@@ -46,7 +47,7 @@ class AttachReport:
     """What `attach` did: the modules that matched, and how much there is to train."""
 
     name: str
-    config: LoraConfig
+    config: LoraConfig | BottleneckConfig
     matched: dict[str, MatchedModule]
     trainable: int
     total: int
@@ -67,21 +68,23 @@ class AttachReport:
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note, quote=False)}</p>" for note in self.notes)
-        return f"<details open><summary><b>{html.escape(self._title(), quote=False)}</b></summary>{notes}{html_table(COLUMNS, self._rows())}</details>"
+        title = html.escape(self._title(), quote=False)
+        return f"<details open><summary><b>{title}</b></summary>{notes}{html_table(COLUMNS, self._rows())}</details>"
 
 
 @dataclass
 class Adapters:
     """The adapters of one model.
 
-    Reports of attaching by name; which act; facts to save with each, such as how it was trained; and the base's own
-    `requires_grad` flags.
+    Reports of attaching by name; which act; facts to save with each, such as how it was trained; the base's own
+    `requires_grad` flags; and what `merge` has taken out.
     """
 
     reports: dict[str, AttachReport] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     trainable_before: dict[str, bool] = field(default_factory=dict)
+    merged: object | None = None
 
 
 def adapters(model: nn.Module) -> Adapters:
@@ -89,32 +92,32 @@ def adapters(model: nn.Module) -> Adapters:
     return getattr(model, STATE, None) or Adapters()
 
 
-def attach(model: nn.Module, config: LoraConfig, name: str = "default") -> AttachReport:
+def attach(model: nn.Module, config: LoraConfig | BottleneckConfig, name: str = "default") -> AttachReport:
     """Add an adapter in place, freeze the base, and make the new adapter the active one.
 
     The modules that `config` names are swapped for layers that share their parameters; the output does not change
-    until something is trained. Adapters that are already there stay, inactive: `set_active` takes several.
+    until something is trained, unless the config asks for another start. Adapters that are already there stay, inactive:
+    `set_active` takes several.
 
     Raises:
         TargetError: the config names something that the model lacks.
         AdapterError: the name is taken or not usable as a name.
     """
     check_name(model, name)
+    if isinstance(config, BottleneckConfig):
+        return put_on(model, config, name, resolve_bottleneck(model, config))
     targets = resolve(model, config)
     refuse_idle_settings(config, targets)
     return put_on(model, config, name, targets)
 
 
-def put_on(model: nn.Module, config: LoraConfig, name: str, targets: Sequence[Target]) -> AttachReport:
+def put_on(model: nn.Module, config: LoraConfig | BottleneckConfig, name: str, targets: Sequence[Target]) -> AttachReport:
     """What `attach` does once it is clear what goes where."""
     state = adapters(model)
-    if not state.reports:
-        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
-        setattr(model, STATE, state)
-    for p in model.parameters():
-        p.requires_grad_(False)  # noqa: FBT003 - its name differs between torch's stubs and torch
+    freeze(model, state)
+    init = config.init_weights if isinstance(config, BottleneckConfig) else config.init_lora_weights
     for target in targets:
-        _put(model, name, target, config.init_lora_weights)
+        _put(model, name, target, init)
     state.reports[name] = _report(model, name, config, targets)
     set_active(model, name)
     return state.reports[name]
@@ -132,15 +135,29 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             del layer.adapters[gone]
             layer.active = tuple(n for n in layer.active if n != gone)
             if not layer.adapters:
-                layer.base.training = layer.training  # unseen by model.eval() while it was out of the tree
                 model.set_submodule(path, layer.base)
         del state.reports[gone]
         state.facts.pop(gone, None)
     state.active = tuple(n for n in state.active if n in state.reports)
     if not state.reports and hasattr(model, STATE):
-        for n, p in model.named_parameters():
-            p.requires_grad_(state.trainable_before.get(n, True))
-        delattr(model, STATE)
+        release(model, state)
+        if state.merged is None:
+            delattr(model, STATE)
+
+
+def freeze(model: nn.Module, state: Adapters) -> None:
+    """Let the base train no more, and note what did before the first adapter."""
+    if not state.reports:
+        state.trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
+        setattr(model, STATE, state)
+    for p in model.parameters():
+        p.requires_grad_(False)  # noqa: FBT003 - its name differs between torch's stubs and torch
+
+
+def release(model: nn.Module, state: Adapters) -> None:
+    """What trained before the first adapter trains again."""
+    for n, p in model.named_parameters():
+        p.requires_grad_(state.trainable_before.get(n, True) and p.is_floating_point())
 
 
 def set_active(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -267,7 +284,8 @@ def _put(model: nn.Module, name: str, target: Target, init: bool | str) -> None:
             part.get_submodule(place)._parameters[leaf] = p
 
 
-def _report(model: nn.Module, name: str, config: LoraConfig, targets: Sequence[Target]) -> AttachReport:
+def _report(model: nn.Module, name: str, config: LoraConfig | BottleneckConfig, targets: Sequence[Target]) -> AttachReport:
+    targets = [t for t in targets if t.parameters or t.shares]  # a tap has nothing to train
     matched = {t.name: MatchedModule(t.shape, t.r, t.scaling, t.parameters, t.what, by_module=bool(t.r) and not t.inside) for t in targets}
     total = sum(p.numel() for p in model.parameters())
     return AttachReport(name, config, matched, sum(t.parameters for t in targets), total, _ties(model, targets))

@@ -133,7 +133,15 @@ class AdaptedLayer(nn.Module):
     def value(self, name: str) -> Tensor | None:
         """The parameter that acts under that name: the base's, or an active adapter's own copy."""
         own = [self.adapters[n].whole[name] for n in self.active if name in self.adapters[n].whole]  # type: ignore[operator,index]
-        return own[-1] if own else self._parameters.get(name)  # type: ignore[return-value]
+        return own[-1] if own else self._parameters.get(name)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As the base does it: a layer of four bits has keys of its own making."""
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        own = {key: t for key, t in state_dict.items() if not key.startswith(f"{prefix}adapters.")}
+        self.base._load_from_state_dict(own, prefix, *args)
 
     def extra_repr(self) -> str:
         return self.base.extra_repr()

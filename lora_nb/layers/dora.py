@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
-from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeights, as_matrix, matrix, unmatrix
+from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeights, as_matrix, matrix, unmatrix, with_bias
 
 CHUNK = 1 << 18  # weights in one block of the norm: what is formed of W + s·BA stays in the cache
 
@@ -92,7 +92,7 @@ class DoraWeights(LoraWeights):
         if self.lora_bias is not None:
             beside = beside + self.lora_bias * self.scaling
         if isinstance(beside, Tensor):
-            values["bias"] = gain * beside if bias is None else (bias + gain * beside).to(bias.dtype)
+            values["bias"] = with_bias({} if bias is None else {"bias": bias}, gain * beside)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), ".lora_magnitude_vector": self.magnitude}

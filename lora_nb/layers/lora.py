@@ -143,10 +143,10 @@ class LoraConvWeights(LoraWeights):
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-        return CONV[a.ndim](x, a, None, layer.stride, padding, layer.dilation)  # type: ignore[no-any-return]
+        return CONV[a.ndim](x, a, None, layer.stride, padding, layer.dilation)
 
     def up(self, layer: AdaptedLayer, h: Tensor, b: Tensor) -> Tensor:
-        return CONV[b.ndim](h, b, groups=layer.groups)  # type: ignore[no-any-return]
+        return CONV[b.ndim](h, b, groups=layer.groups)
 
     def merge(self, layer: AdaptedLayer, values: dict[str, Tensor]) -> None:
         if layer.groups > 1:
@@ -196,8 +196,9 @@ def is_transposed(module: nn.Module) -> bool:
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight as a matrix (out, fan-in): of a convolution (out, in·k…), of an embedding (width, vocabulary)."""
-    weight: Any = module.weight_dense() if hasattr(module, "weight_dense") else module.weight  # 4 bits are made dense
-    return as_matrix(module, weight)
+    dense: Any = getattr(module, "weight_dense", None)  # of a layer in four bits
+    weight: Any = module.weight
+    return as_matrix(module, dense() if dense else weight)
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
@@ -207,13 +208,14 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 def unmatrix(module: nn.Module, m: Tensor) -> Tensor:
     """From a matrix (out, fan-in) back to the shape in which the base stores its weight."""
-    return m.T if is_transposed(module) else m.view_as(module.weight) if m.ndim != module.weight.ndim else m  # type: ignore[arg-type,operator]
+    return m.T if is_transposed(module) else m.view_as(module.weight) if m.ndim != module.weight.ndim else m  # type: ignore[arg-type]
 
 
 def with_bias(values: dict[str, Tensor], more: Tensor) -> Tensor:
-    """The base's bias plus `more`; a base without one gets it."""
-    bias = values.get("bias")
-    return more if bias is None else (bias + more).to(bias.dtype)
+    """The base's bias plus `more`."""
+    if "bias" not in values:
+        raise TypeError("the layer has no bias that could take the adapter's (lora_bias)")
+    return (values["bias"] + more).to(values["bias"].dtype)
 
 
 def weights_class(module: nn.Module) -> type[LoraWeights] | None:

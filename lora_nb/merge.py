@@ -1,0 +1,350 @@
+"""Merging adapters into the base's weights, and exactly back.
+
+What is replaced is kept beside the model, so `unmerge` puts the same bytes back; subtracting the update again would not
+(in 32 bits a third of the entries change). Over a base in four bits there are three places to merge into:
+
+| into | the weight becomes | what it costs |
+| --- | --- | --- |
+| `"dequantized"` | what training saw, plus the update, in 16 or 32 bits | memory; the output stays what was trained |
+| `"original"` | the weights before they were quantized, plus the update | the update was learnt around the rounding, which is now gone |
+| `"requantized"` | that of the first, rounded to four bits again | updates smaller than the grid are lost |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_nb.attach import STATE, AttachReport, acting, active_names, adapters, freeze, layers, release, set_active
+from lora_nb.errors import AdapterError
+from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
+from lora_nb.render import html_table, text_table
+
+Into = Literal["dequantized", "original", "requantized"]
+HALF = 0.5  # of an update; less of it left than that is worth a warning
+COLUMNS = ["module", "update left", "change of output"]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did: how much of each module's update arrived in its weight, and how its output changed by that.
+
+    `survived` is the projection of what was added onto what should have been, 1 where nothing was lost; `output_change` is
+    ‖y′ − y‖ / ‖y‖ of the module on the inputs that it gets from the sample, y before and y′ after.
+    """
+
+    names: tuple[str, ...]
+    target: str
+    survived: dict[str, float]
+    output_change: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    def _title(self) -> str:
+        least = min(self.survived.values(), default=1.0)
+        return f"{', '.join(map(repr, self.names))} merged into {len(self.survived)} modules ({self.target}); least update left {least:.1%}"
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [(n, f"{kept:.1%}", f"{self.output_change.get(n, nan):.2g}") for n, kept in self.survived.items()]
+
+    def __repr__(self) -> str:
+        return "\n".join([self._title(), *self.notes, text_table(COLUMNS, self._rows())])
+
+    def _repr_html_(self) -> str:
+        return html_table(COLUMNS, self._rows(), " ".join([self._title(), *self.notes]))
+
+
+@dataclass
+class Merged:
+    """What `unmerge` needs: the adapters with their parts by path, and the modules and tensors that were replaced."""
+
+    reports: dict[str, AttachReport]
+    active: tuple[str, ...]
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    tied: bool | None = None
+
+
+def merge(
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    into: Into = "dequantized",
+    original: nn.Module | Mapping[str, Tensor] | None = None,
+    sample: Any = None,
+    keep: bool = True,
+) -> MergeReport:
+    """Put adapters into the weights; the model then has plain modules again, as fast as before any adapter.
+
+    Args:
+        names: one or several, applied in this order. Default: the active ones.
+        into: what the weights of a base in four bits become (see above); others are merged as they are.
+        original: for `into="original"`: the base before it was quantized, or its state dict.
+        sample: token ids (batch, seq), or a dict of the model's arguments, to measure the change of outputs on. Default, for a
+            language model: 64 tokens out of its vocabulary.
+        keep: keep what is replaced for `unmerge`; False saves its memory, and what is merged stays.
+
+    Raises:
+        AdapterError: unknown names, an adapter that no weight can express, no original weight, or a result that is not
+            finite. The model is then as it was.
+    """
+    wanted = active_names(model) if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    state = adapters(model)
+    if state.merged is not None:
+        there = ", ".join(cast("Merged", state.merged).reports)
+        raise AdapterError(f"{there} is merged already: unmerge(model) first, then merge all that you want together.")
+    plan = Plan(into, _tensors(original))
+    with acting(model, wanted):
+        chosen = [(path, layer) for path, layer in layers(model) if layer.active]
+        for path, layer in chosen:
+            plan.values(path, layer)  # all of them once before any is written
+        seen = _seen(model, [layer for _, layer in chosen], sample)
+        record, survived = Merged({n: state.reports[n] for n in wanted}, state.active), {}
+        for path, layer in chosen:
+            survived[path] = plan.write(record, path, layer)
+    _take_out(model, wanted, record)
+    notes = _untie(model, record)
+    _close(model, record if keep else None)
+    change = {path: _change(model.get_submodule(path), *seen[layer]) for path, layer in chosen if layer in seen}
+    lost = [path for path, kept in survived.items() if kept < HALF]
+    if lost:
+        warnings.warn(f"Less than half of the update is left in {len(lost)} of {len(survived)} modules, such as {lost[0]!r}.", stacklevel=2)
+    return MergeReport(wanted, plan.said(), survived, change, notes)
+
+
+def unmerge(model: nn.Module) -> AttachReport:
+    """Put the original weights back, bit for bit, and the adapters on again, acting as before.
+
+    Raises:
+        AdapterError: nothing is merged, or it was with `keep=False`.
+    """
+    state = adapters(model)
+    record = cast("Merged | None", state.merged)
+    if record is None:
+        raise AdapterError("Nothing is merged that could be taken out again: merge(model) first (and not with keep=False).")
+    for path, module in record.modules.items():
+        _replace(model, path, module)
+    for path, tensors in record.tensors.items():
+        _set(model.get_submodule(path), tensors)
+    freeze(model, state)
+    for path, parts in record.parts.items():
+        module = model.get_submodule(path)
+        layer = adapted(module)
+        if layer is not module:
+            model.set_submodule(path, layer)
+        layer.adapters.update(parts)
+    if record.tied is not None:
+        model.config.tie_word_embeddings = record.tied  # type: ignore[union-attr]
+    state.reports |= record.reports
+    state.merged = None
+    set_active(model, record.active)
+    return next(iter(record.reports.values()))
+
+
+class Plan:
+    """How each layer's new values come about; `originals` are the weights before quantization, where they are asked for."""
+
+    def __init__(self, into: Into, originals: Mapping[str, Tensor] | None) -> None:
+        if into not in ("dequantized", "original", "requantized"):
+            raise AdapterError(f"merge(into={into!r}): there are 'dequantized', 'original' and 'requantized'.")
+        if (into == "original") != (originals is not None):
+            raise AdapterError("merge(into='original', original=…) needs both: the base before it was quantized, or its state dict.")
+        self.into, self.originals, self.packed = into, originals, False
+
+    def said(self) -> str:
+        """The report's word for where it went."""
+        return self.into if self.packed else "weights"
+
+    @torch.no_grad()
+    def values(self, path: str, layer: AdaptedLayer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Before and after, by name, in fp32 and not yet rounded: of what changes."""
+        before = self._before(path, layer)
+        after = dict(before)
+        for name in layer.active:
+            try:
+                cast("Part", layer.adapters[name]).merge(layer, after)
+            except TypeError as error:
+                raise AdapterError(f"{name!r} cannot be merged into {path!r}: {error}. Nothing was changed.") from error
+        changed = {n: v for n, v in after.items() if v is not before.get(n)}
+        for n, v in changed.items():
+            if not torch.isfinite(v.to(layer.weight.dtype) if v.is_floating_point() and not _is_packed(layer) else v).all():
+                names = ", ".join(layer.active)
+                raise AdapterError(f"{path}.{n} would hold NaN or infinity with {names!r}: nothing was changed. Train it again.")
+        return before, changed
+
+    def _before(self, path: str, layer: AdaptedLayer) -> dict[str, Tensor]:
+        own = {n: p.detach() for n, p in layer._parameters.items() if p is not None}
+        if _is_packed(layer):
+            self.packed = True
+            own["weight"] = layer.weight_dense()
+            if self.originals is not None:
+                own["weight"] = _original(self.originals, path, own["weight"])
+        return {n: p.float() if p.is_floating_point() else p for n, p in own.items()}
+
+    @torch.no_grad()
+    def write(self, record: Merged, path: str, layer: AdaptedLayer) -> float:
+        """Put the values in place; returns the share of the weight's update that arrived."""
+        before, changed = self.values(path, layer)
+        if _is_packed(layer):
+            record.modules[path], arrived = layer.base, self._new_base(layer, changed)
+        else:
+            record.tensors[path], arrived = _rounded(layer, changed)
+        return _survived(before.get("weight"), changed.get("weight"), arrived)
+
+    def _new_base(self, layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> Tensor | None:
+        """A new module beneath the layer; `layer.base` is it from now on."""
+        bias = changed.get("bias", layer._parameters.get("bias"))
+        weight = changed.get("weight", layer.weight_dense().float())
+        new = layer.base.requantized(weight, bias) if self.into == "requantized" else layer.base.dense(weight, bias)  # type: ignore[operator]
+        layer.__dict__["base"] = new
+        return cast("Tensor", new.weight_dense() if _is_packed(new) else new.weight)
+
+
+def _rounded(layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    """The values in the types of what they replace, put in place; returns what stood there, and the new weight."""
+    old = {n: layer._parameters.get(n, layer._buffers.get(n)) for n in changed}
+    like = next(p for p in layer._parameters.values() if p is not None)
+    new = {n: v.detach().to((old[n] if old[n] is not None else like).dtype, copy=True) for n, v in changed.items()}  # type: ignore[union-attr]
+    _set(layer, {n: v if n in layer._buffers else nn.Parameter(v, requires_grad=False) for n, v in new.items()})
+    return old, new.get("weight")
+
+
+def _set(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        table: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+        table[name] = tensor
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return hasattr(module, "weight_dense")
+
+
+def _tensors(original: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    return dict(original.named_parameters()) if isinstance(original, nn.Module) else original
+
+
+def _original(originals: Mapping[str, Tensor], path: str, dense: Tensor) -> Tensor:
+    found = originals.get(f"{path}.weight")
+    if found is None or found.shape != dense.shape:
+        have = "none" if found is None else f"one of {tuple(found.shape)}"
+        raise AdapterError(f"original has {have} for {path}.weight, {tuple(dense.shape)}: give the base that was quantized.")
+    return found.detach().to(dense.device)
+
+
+def _survived(before: Tensor | None, wanted: Tensor | None, arrived: Tensor | None) -> float:
+    """⟨what was added, what should have been⟩ / ‖what should have been‖²."""
+    if before is None or wanted is None or arrived is None or wanted.shape != before.shape:
+        return 1.0
+    update = wanted - before
+    size = float(update.square().sum())
+    return float(((arrived.float() - before) * update).sum()) / size if size else 1.0
+
+
+def _take_out(model: nn.Module, names: Sequence[str], record: Merged) -> None:
+    """The merged adapters' parts out of the model; a layer that has no other makes room for its base."""
+    state = adapters(model)
+    for path, layer in layers(model):
+        gone = {n: cast("Part", layer.adapters[n]) for n in names if n in layer.adapters}
+        for n in gone:
+            del layer.adapters[n]
+        if gone:
+            record.parts[path] = gone
+            layer.active = tuple(n for n in layer.active if n not in gone)
+            _replace(model, path, layer.base)
+    for n in names:
+        del state.reports[n]
+    state.active = tuple(n for n in state.active if n in state.reports)
+
+
+def _replace(model: nn.Module, path: str, base: nn.Module) -> None:
+    """`base` in the place of the module at `path`, with the adapters that are there around it."""
+    there = model.get_submodule(path)
+    if isinstance(there, AdaptedLayer) and there.adapters:
+        layer = there if there._parameters is base._parameters else adapted(base)
+        if layer is not there:
+            layer.adapters.update(dict(there.adapters.items()))
+            layer.active = there.active
+        base = layer
+    if base is not there:
+        model.set_submodule(path, base)
+
+
+def _untie(model: nn.Module, record: Merged) -> tuple[str, ...]:
+    """Modules that shared a weight of which one has another now: said aloud, and in the model's config, which saving reads."""
+    notes = []
+    for path, tensors in record.tensors.items():
+        old = tensors.get("weight")
+        others = [p for p, m in model.named_modules(remove_duplicate=False) if old is not None and m._parameters.get("weight") is old]
+        twins = [p for p, t in record.tensors.items() if p > path and old is not None and t.get("weight") is old]
+        for twin in twins:
+            one, other = model.get_submodule(path), model.get_submodule(twin)
+            if torch.equal(one.weight, other.weight):  # type: ignore[arg-type]
+                other._parameters["weight"] = one._parameters["weight"]
+            else:
+                others.append(twin)
+        if others:
+            notes.append(f"{path} shared its weight with {', '.join(others)}; now it has one of its own.")
+            if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+                record.tied, model.config.tie_word_embeddings = True, False  # type: ignore[union-attr]
+    return tuple(notes)
+
+
+def _close(model: nn.Module, record: Merged | None) -> None:
+    state = adapters(model)
+    state.merged = record
+    if not state.reports:
+        release(model, state)
+        if record is None:
+            delattr(model, STATE)
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, chosen: Sequence[AdaptedLayer], sample: Any) -> dict[AdaptedLayer, tuple[Tensor, Tensor]]:
+    """What each layer gets and gives with the adapters acting, on the sample."""
+    inputs = _inputs(model) if sample is None else sample
+    if inputs is None:
+        return {}
+    seen: dict[AdaptedLayer, tuple[Tensor, Tensor]] = {}
+
+    def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if len(args) == 1 and isinstance(output, Tensor):
+            seen[cast("AdaptedLayer", layer)] = (args[0], output)
+
+    modes = {m: m.training for m in model.modules()}
+    hooks = [layer.register_forward_hook(note) for layer in chosen]
+    try:
+        model.eval()
+        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for m, training in modes.items():
+            m.training = training
+    return seen
+
+
+def _inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """64 tokens spread over a language model's vocabulary."""
+    config = getattr(model, "config", None)
+    size = getattr(config, "vocab_size", None)
+    if not size:
+        return None
+    device = next(model.parameters()).device
+    ids = (torch.arange(64, device=device) * 7919 % size)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else inputs
+
+
+@torch.no_grad()
+def _change(module: nn.Module, x: Tensor, y: Tensor) -> float:
+    """‖y′ − y‖ / ‖y‖."""
+    mode, module.training = module.training, False
+    difference = module(x).float() - y.float()
+    module.training = mode
+    return float(difference.norm() / y.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
