@@ -26,7 +26,7 @@ class Part(nn.Module):
 
     `whole` has parameters of the base, by name, that this adapter has copies of its own of: biases (`bias="all"`), or
     everything (`modules_to_save`), then with the base's buffers in `kept`. While the adapter acts they stand in for the
-    base's.
+    base's. `replaces` says whether there are such.
     """
 
     r: int = 0
@@ -34,7 +34,7 @@ class Part(nn.Module):
 
     def __init__(self, whole: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.whole, self.kept = nn.ParameterDict(), nn.Module()
+        self.whole, self.kept, self.replaces = nn.ParameterDict(), nn.Module(), bool(whole)
         for name, p in (whole or {}).items():
             copy = torch.empty(p.shape, dtype=p.dtype)
             if isinstance(p, nn.Parameter):
@@ -116,10 +116,13 @@ class AdaptedLayer(nn.Module):
             base._modules[name] = self._modules[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        acting = [self.adapters[name] for name in self.active]
+        # Past nn.Module's own look-up, which costs as much as a small product.
+        there: Any = self._modules["adapters"]
+        acting: list[Part] = [there._modules[name] for name in self.active]
         values: dict[str, Tensor] = {}
         for part in acting:
-            part.substitute(self, values)  # type: ignore[operator]
+            if part.replaces:
+                part.substitute(self, values)
         call: Forward = partial(_with, self.base, values) if values else self.base
         for part in acting:
             call = partial(part, self, call)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeights, as_matrix, matrix, unmatrix, with_bias
+from lora_nb.layers.lora_linear import is_plain, lora_linear
 
 CHUNK = 1 << 18  # weights in one block of the norm: what is formed of W + s·BA stays in the cache
 
@@ -57,6 +58,9 @@ class DoraWeights(LoraWeights):
 
     def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
+        if inner is layer.base and not self.beside() and is_plain(inner, x, self.lora_A):
+            z = lora_linear(x, layer.weight, None, (self.lora_A, self.lora_B, self.scaling))
+            return z * self.gain(layer) if layer.bias is None else torch.addcmul(layer.bias, z, self.gain(layer))
         y, bias, gain, seen = inner(x), self._bias(layer, layer.value("bias")), self.gain(layer), self.dropped(x)
         if self.dropout and self.training:  # W then reads the input with its gaps, as B A does
             own = self._bias(layer, layer._parameters.get("bias"))

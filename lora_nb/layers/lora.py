@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora_init import start
+from lora_nb.layers.lora_linear import is_plain, lora_linear
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
 
@@ -78,8 +79,15 @@ class LoraWeights(Part):
 
     def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
+        if inner is layer.base and not self.beside() and is_plain(inner, x, self.lora_A):
+            return lora_linear(x, layer.weight, layer.bias, (self.lora_A, self.lora_B, self.scaling))
         y = inner(x)
         return y + self.update(layer, self.dropped(x)).to(y.dtype)  # type: ignore[no-any-return]
+
+    def beside(self) -> bool:
+        """Whether it is more than s · B A x."""
+        dropout = self.dropout > 0 and self.training
+        return dropout or self.lora_bias is not None or self.start_a is not None
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as the adapter sees it: in its own type, with entries zeroed while it trains."""
@@ -167,6 +175,11 @@ class LoraEmbeddingWeights(LoraWeights):
         Part.reset(self, layer, init)
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
+
+    def beside(self) -> bool:
+        """Whether it is more than s · B A x."""
+        dropout = self.dropout > 0 and self.training
+        return dropout or self.lora_bias is not None or self.start_a is not None
 
     def dropped(self, x: Tensor) -> Tensor:
         """Token ids are not zeroed."""

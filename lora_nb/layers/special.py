@@ -28,7 +28,7 @@ class ParameterWeights(Part):
 
     def __init__(self, parameters: dict[str, nn.Parameter], settings: dict[str, tuple[int, float]], *, transposed: bool) -> None:
         super().__init__()
-        self.settings, self.transposed = settings, transposed
+        self.settings, self.transposed, self.replaces = settings, transposed, True
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for name, p in parameters.items():
             experts, fan_out, fan_in = self._sizes(p)

@@ -1,0 +1,117 @@
+"""What DoRA costs over LoRA on one linear layer: forward and backward over 1,024 tokens, and one token as in generation.
+
+    python benchmarks/dora.py [--quick]        writes benchmarks/results/dora.json
+
+Ours against ours, Hugging Face PEFT's against PEFT's, with the same W, A, B, magnitude and input, whose outputs are first
+shown to be equal; also where s·BA cancels 99 % of W, where a norm from ‖W‖², ⟨W, BA⟩ and ‖BA‖² would lose its digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import peft
+import torch
+from measure import interleaved, write
+from torch import Tensor, nn
+
+import lora_nb as ln
+from lora_nb.attach import weights
+
+WIDTHS, TOKENS, R, ALPHA = (512, 1024), 1024, 8, 20.0
+TARGETS = {"forward and backward": 1.2, "decode": 1.5}
+
+
+def layers(width: int, *, dora: bool, cancelling: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The base, ours and PEFT's around the same numbers."""
+    torch.manual_seed(width)
+    base = nn.Sequential(nn.Linear(width, width, bias=False)).requires_grad_(requires_grad=False)
+    if cancelling:
+        u, s, v = torch.svd_lowrank(torch.randn(width, R) @ torch.randn(R, width) / width**0.5, q=R)
+        base[0].weight.copy_((u * s) @ v.T + 1e-2 * torch.randn(width, width) / width**0.5)
+    config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"], "use_dora": dora}
+    ours, theirs = nn.Sequential(base[0]), peft.get_peft_model(nn.Sequential(base[0]), peft.LoraConfig(**config))
+    ln.attach(ours, ln.LoraConfig(**config))
+    part, layer = weights(ours, "default")["0"], theirs.base_model.model[0]
+    with torch.no_grad():
+        if cancelling:
+            part.lora_A.copy_(v.T)
+            part.lora_B.copy_(-0.99 * (u * s) / part.scaling)
+        else:
+            part.lora_B.normal_(std=0.02)
+        layer.lora_A["default"].weight.copy_(part.lora_A)
+        layer.lora_B["default"].weight.copy_(part.lora_B)
+        if dora:
+            layer.lora_magnitude_vector["default"].weight.copy_(part.magnitude)
+    return base, ours, theirs
+
+
+def difference(width: int, *, cancelling: bool) -> float:
+    """The largest difference of outputs, ours from float64, over the largest output."""
+    base, ours, _ = layers(width, dora=True, cancelling=cancelling)
+    part, x = weights(ours, "default")["0"], torch.randn(64, width)
+    with torch.no_grad():
+        w = base[0].weight.double() + part.scaling * part.lora_B.double() @ part.lora_A.double()
+        exact = x.double() @ (w * (part.magnitude.double() / w.norm(dim=1))[:, None]).T
+        return float((ours(x) - exact).abs().max() / exact.abs().max())
+
+
+def training(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A step: forward, backward, and new values for A, so that no norm can be taken from the step before."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> None:
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        model(x).sum().backward()
+        with torch.no_grad():
+            for p in parameters:
+                p.add_(0.0)
+
+    return run
+
+
+def decoding(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return run
+
+
+def cases(width: int) -> dict[str, dict[str, Callable[[], None]]]:
+    base, lora, peft_lora = layers(width, dora=False)
+    _, dora, peft_dora = layers(width, dora=True)
+    x = torch.randn(TOKENS, width, requires_grad=True)
+    assert torch.allclose(dora(x), peft_dora(x), atol=1e-5, rtol=1e-5)
+    models = {"lora": lora, "dora": dora, "peft lora": peft_lora, "peft dora": peft_dora}
+    one = torch.randn(1, width)
+    return {
+        "forward and backward": {name: training(m.train(), x) for name, m in models.items()},
+        "decode": {"base": decoding(base, one), **{name: decoding(m.eval(), one) for name, m in models.items()}},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
+    rounds = 3 if parser.parse_args().quick else 60
+    rows = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for width in WIDTHS:
+            for kind, variants in cases(width).items():
+                times = interleaved(variants, rounds=rounds, repeat=1 if kind != "decode" else 200)
+                over = {"ours": times.ratio("dora", "lora"), "peft": times.ratio("peft dora", "peft lora")}
+                over |= {f"{n} over base": times.ratio(n, "base") for n in ("dora", "lora", "peft dora")} if kind == "decode" else {}
+                rows.append({"threads": threads, "width": width, "what": kind, "target": TARGETS[kind], **over})
+                print(rows[-1])
+    errors = {f"{w} {'cancelling' if c else 'plain'}": difference(w, cancelling=c) for w in WIDTHS for c in (False, True)}
+    print(errors)
+    write("dora", {"dora over lora": rows, "relative error of the output against float64": errors})
+
+
+if __name__ == "__main__":
+    main()
