@@ -11,10 +11,13 @@ from lora_nb import errors
 from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
 from lora_nb.bases import fingerprint, load
 from lora_nb.checkpoint import load_adapter, save
-from lora_nb.configs import LoraConfig, TrainConfig
+from lora_nb.combine import combine
+from lora_nb.configs import Block, BottleneckConfig, LoraConfig, Sublayer, TrainConfig
+from lora_nb.conflicts import ConflictReport, conflicts
 from lora_nb.datasets import Dataset, Pair, dataset
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
+from lora_nb.loralib import load_loralib
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
@@ -24,6 +27,9 @@ from lora_nb.version import __version__
 __all__ = [
     "AdapterSummary",
     "AttachReport",
+    "Block",
+    "BottleneckConfig",
+    "ConflictReport",
     "Dataset",
     "Evaluation",
     "LoraConfig",
@@ -32,9 +38,12 @@ __all__ = [
     "Pair",
     "Run",
     "Step",
+    "Sublayer",
     "TrainConfig",
     "__version__",
     "attach",
+    "combine",
+    "conflicts",
     "dataset",
     "detach",
     "disabled",
@@ -45,6 +54,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "load_loralib",
     "merge",
     "parameters",
     "save",

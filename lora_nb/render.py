@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 
 Cell = str | int | float
@@ -65,3 +65,33 @@ def svg_curve(values: Sequence[float], label: str, width: int = 420, height: int
         f'<svg role="img" aria-label="{html.escape(said)}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
         f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg><div>{html.escape(said)}</div>'
     )
+
+
+def svg_heatmap(rows: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float], label: str) -> str:
+    """Cells (row, column) → value in [−1, 1], the stronger the further from 0: blue above, orange below; others stay empty.
+
+    Each cell has its number in it, and its row and column in a tooltip; lowest and highest are said in words.
+    """
+    if not values:
+        return ""
+    left, cell, line = 8 + 7 * max(map(len, rows)), 38, 18
+    width, height = left + cell * len(columns) + 8, line * (len(rows) + 1) + 4
+    texts = [_svg_text(left + cell * (i + 0.5), 13, name, "middle") for i, name in enumerate(columns)]
+    texts += [_svg_text(left - 6, line * (i + 1) + 13, name, "end") for i, name in enumerate(rows)]
+    for (row, column), value in values.items():
+        x, y = left + cell * columns.index(column), line * (rows.index(row) + 1)
+        colour, strength = "#1f77b4" if value >= 0 else "#d95f02", 0.75 * min(1.0, abs(value))
+        texts.append(
+            f"<g><title>{html.escape(f'{row}, {column}: {value:.4f}')}</title>"
+            f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{line - 1}" fill="{colour}" fill-opacity="{strength:.3f}"/>'
+            f"{_svg_text(x + cell / 2, y + 13, f'{value:.2f}', 'middle')}</g>"
+        )
+    said = html.escape(f"{label}: from {min(values.values()):.3f} to {max(values.values()):.3f}")
+    return (
+        f'<div style="overflow-x:auto">{said}<br/><svg role="img" aria-label="{said}" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" fill="currentColor" font-size="11" font-family="sans-serif">{"".join(texts)}</svg></div>'
+    )
+
+
+def _svg_text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{html.escape(text)}</text>'

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 
-from lora_nb.render import format_bytes, format_cell, html_table, svg_curve, text_table
+from lora_nb.render import format_bytes, format_cell, html_table, svg_curve, svg_heatmap, text_table
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,28 @@ def test_svg_curve_of_a_constant_lies_within_the_picture() -> None:
 @pytest.mark.parametrize("values", [[], [1.0], [nan, 1.0]])
 def test_svg_curve_of_fewer_than_two_values_is_nothing(values: list[float]) -> None:
     assert svg_curve(values, "loss") == ""
+
+
+def test_svg_heatmap_is_the_stronger_the_further_from_zero() -> None:
+    values = {("up<b>", "0"): 1.0, ("down", "0"): -0.5, ("down", "1"): 0.0}
+    svg = svg_heatmap(["up<b>", "down"], ["0", "1"], values, "cosine")
+    root = ET.fromstring(svg)  # noqa: S314 - our own
+    cells = [(rect.get("fill"), float(rect.get("fill-opacity"))) for rect in root.iter("rect")]
+    assert cells == [("#1f77b4", 0.75), ("#d95f02", 0.375), ("#1f77b4", 0.0)]
+    assert [t.text for t in root.iter("title")] == ["up<b>, 0: 1.0000", "down, 0: -0.5000", "down, 1: 0.0000"]
+    assert svg.count("cosine: from -0.500 to 1.000") == 2  # for the eye and for a screen reader
+
+
+def test_svg_heatmap_puts_each_cell_in_its_row_and_column() -> None:
+    values = {("up", "0"): 0.1, ("down", "0"): 0.2, ("down", "1"): 0.3}
+    root = ET.fromstring(svg_heatmap(["up", "down"], ["0", "1"], values, "cosine"))  # noqa: S314 - our own
+    (x0, y0), (x1, y1), (x2, y2) = ((float(rect.get("x")), float(rect.get("y"))) for rect in root.iter("rect"))
+    assert x0 == x1 < x2
+    assert y0 < y1 == y2
+    svg = next(iter(root.iter("svg")))
+    assert x2 < float(svg.get("width"))
+    assert y2 < float(svg.get("height"))
+
+
+def test_svg_heatmap_of_nothing_is_nothing() -> None:
+    assert svg_heatmap([], [], {}, "cosine") == ""
