@@ -1,0 +1,326 @@
+"""How fast and how lean training is, against Hugging Face PEFT and against the frozen model itself.
+
+    python benchmarks/training.py [--quick] [--only step-27M tone …] [--threads 1 2]     writes benchmarks/results/training.json
+
+Peers are interleaved in one process, on the same weights, with the same adapter, whose outputs are first shown to be equal; ratios are
+medians over the rounds. Memory is measured in a process for each. Ours is always the public loop, `ln.steps` or `ln.train`.
+The last section is a ladder from a loop as one writes it first to everything that there is (`ladder.py`).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars cost time, and on both sides
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ladder
+import peft
+import torch
+from alone import alone, rise
+from ladder import llama
+from measure import RESULTS, Times, interleaved, machine
+from torch import Tensor, nn
+
+import lora_nb as ln
+
+LORA = {"r": 8, "lora_alpha": 20.0, "target_modules": "all-linear"}
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, the target, and what else there is to say."""
+
+    measure: str
+    threads: int | None
+    value: float | None
+    target: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> str:
+        if self.value is None or not self.target:
+            return ""
+        sign, bound = self.target.split()
+        return "yes" if (self.value <= float(bound) if sign == "≤" else self.value >= float(bound)) else "no"
+
+
+@dataclass(frozen=True)
+class Setting:
+    quick: bool
+    threads: tuple[int, ...]
+
+    def rounds(self, full: int) -> int:
+        return 2 if self.quick else full
+
+    def shape(self, name: str) -> str:
+        return "quick" if self.quick else name
+
+
+# What is compared
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """Another model of the same weights, not copied: neither peer's are nearer to the processor."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def adapted(base: nn.Module, ids: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Ours and PEFT's around the same weights and adapter, shown to give the same logits."""
+    ours = sharing(base)
+    ln.attach(ours, ln.LoraConfig(**LORA))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for name, p in ln.parameters(ours).items():
+            if name.endswith("lora_B"):
+                p.normal_(std=0.01)
+        ln.save(ours, folder)
+        theirs = peft.PeftModel.from_pretrained(sharing(base), folder, is_trainable=True)
+        mine, other, plain = (m(input_ids=ids[:1], use_cache=False).logits.float() for m in (ours, theirs, base))
+    rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
+    if (mine - other).abs().max() > rounding * other.abs().max() or torch.equal(mine, plain):
+        raise SystemExit("Ours and PEFT's do not compute the same: nothing is measured.")
+    return ours, theirs
+
+
+def our_steps(model: nn.Module, ids: Tensor) -> Step:
+    """The public loop over rows like `ids`, (batch, seq)."""
+    rows = ln.dataset([ln.datasets.Block(row, row) for row in ids.tolist()])
+    settings = {"batch_size": len(ids), "seq_len": ids.shape[1], "learning_rate": 1e-5, "max_grad_norm": None}
+    turns = ln.steps(model, ln.load("tiny", device="cpu")[1], rows, ln.TrainConfig(max_steps=10**6, **settings))
+    return partial(next, turns)
+
+
+def peft_steps(model: nn.Module, ids: Tensor) -> Step:
+    """The usual loop around transformers' own loss, with the same optimizer. In 16 bits under autocast, which is PEFT's faster way."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
+    ids = ids.to(model.device)
+    model.train()
+
+    def step() -> None:
+        with nullcontext() if model.dtype == torch.float32 else torch.autocast(ids.device.type, model.dtype):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss)
+
+    return step
+
+
+def floor_steps(model: nn.Module, ids: Tensor) -> Step:
+    """The frozen model, forward and backward to the embeddings: what no adapter's training in plain PyTorch can be faster than."""
+    ids, model = ids.to(model.device), model.requires_grad_(requires_grad=False).train()
+
+    def step() -> None:
+        embedded = model.get_input_embeddings()(ids).requires_grad_()
+        model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+
+    return step
+
+
+# The sections of the table
+
+
+def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Setting, rounds: int) -> list[Row]:
+    """Seconds of an optimizer step over PEFT's and over the floor's."""
+    base, rows = llama(setting.shape(shape)), []
+    ids = torch.randint(3, base.config.vocab_size, (tokens // 256, 256))
+    for threads in setting.threads:
+        torch.set_num_threads(threads)
+        ours, theirs = adapted(base, ids)
+        variants = {"lora_nb": our_steps(ours, ids), "PEFT": peft_steps(theirs, ids), "floor": floor_steps(sharing(base), ids)}
+        times = interleaved(variants, rounds=setting.rounds(rounds))
+        title = f"step, {shape}, {tokens:,} tokens, all-linear r=8"
+        rows += [compared(f"{title} / PEFT", times, "PEFT", threads, targets[0])]
+        rows += [compared(f"{title} / floor", times, "floor", threads, targets[1], f"PEFT {times.ratio('PEFT', 'floor'):.3f}")]
+    return rows
+
+
+def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, more: str = "") -> Row:
+    low, high = times.spread("lora_nb", peer)
+    said = f"middle half {low:.3f} to {high:.3f}; {1000 * times.median('lora_nb'):.1f} ms"
+    return Row(measure, threads, times.ratio("lora_nb", peer), target, f"{said}; {more}" if more else said)
+
+
+def tone(setting: Setting) -> list[Row]:
+    """Tokens a second of one epoch over short pairs, padding not counted, against transformers' Trainer at its defaults."""
+    rows = []
+    for pairs, target in ((32, "≥ 1.8"), (8, "≥ 1.55")):
+        base, tokenizer = ln.load("tiny", device="cpu")
+        data = ln.dataset("tone")[: (4 if setting.quick else 12) * pairs]
+        blocks = data.encode(tokenizer, 256)
+        tokens = sum(len(b.input_ids) for b in blocks)
+        for threads in setting.threads:
+            torch.set_num_threads(threads)
+            ours, theirs = adapted(base, torch.tensor([blocks[0].input_ids]))
+            epoch, steps, how = our_epoch(ours, tokenizer, data, pairs, tokens / len(blocks))
+            variants = {"lora_nb": epoch, "PEFT": trainer_epoch(theirs, tokenizer, blocks, pairs)}
+            times = interleaved(variants, rounds=setting.rounds(5), warm_up=1)
+            speed = f"{tokens / times.median('lora_nb'):,.0f} and {tokens / times.median('PEFT'):,.0f} tokens/s"
+            note = f"{how}, {len(blocks) / steps:.1f} pairs a step; {speed}"
+            rows.append(
+                Row(f"tokens a second on tone, {pairs} pairs a step / Trainer", threads, times.ratio("PEFT", "lora_nb"), target, note)
+            )
+    return rows
+
+
+def our_epoch(model: nn.Module, tokenizer: Any, data: ln.Dataset, pairs: int, length: float) -> tuple[Step, int, str]:
+    """One epoch of `ln.train` with about `pairs` pairs a step, its steps, and how: packed, where the loop can pack."""
+    rows = max(1, pairs // 8)
+    room = 8 * round(pairs * length / rows / 8)
+    settings: dict[str, Any] = {"num_train_epochs": 1, "learning_rate": 1e-5}
+    try:
+        config, how = ln.TrainConfig(batch_size=rows, seq_len=room, packing=True, **settings), f"packed, {rows} rows of {room}"
+    except ln.errors.ConfigError:
+        config, how = ln.TrainConfig(batch_size=pairs, **settings), "padded"
+    return partial(ln.train, model, tokenizer, data, config), ln.train(model, tokenizer, data, config).steps, how
+
+
+def trainer_epoch(model: nn.Module, tokenizer: Any, blocks: list[Any], pairs: int) -> Step:
+    """transformers' Trainer at its defaults but for the batch size; all pairs of a step in one forward, which is to its favour."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    rows = [{"input_ids": b.input_ids, "attention_mask": [1] * len(b.input_ids), "labels": b.labels} for b in blocks]
+
+    def epoch() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+            args = TrainingArguments(folder, num_train_epochs=1, per_device_train_batch_size=pairs, use_cpu=True, **quiet)
+            Trainer(model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+
+    return epoch
+
+
+def memory(setting: Setting) -> list[Row]:
+    """Growth over the step: 27M type with a vocabulary of 32,000, 2,048 tokens, each in a process of its own."""
+    ours, theirs = (alone(growth, peer, setting.shape("27M, 32k"), 8, 256, "cpu")[0] for peer in ("lora_nb", "PEFT"))
+    note = f"{ours / 2**20:.0f} and {theirs / 2**20:.0f} MiB"
+    return [Row("growth of memory over the step, 27M type, 32k vocabulary, 2,048 tokens / PEFT", 1, ours / theirs, "≤ 0.6", note)]
+
+
+def growth(peer: str, shape: str, batch: int, length: int, device: str) -> tuple[int, int]:
+    """Over two steps, after a small one that loads what libraries load late; and the peak."""
+    torch.set_num_threads(1)
+    base = llama(shape, device)
+    ids = torch.randint(3, base.config.vocab_size, (batch, length), device=device)
+    model, make = dict(zip(("lora_nb", "PEFT"), zip(adapted(base, ids[:, :8]), (our_steps, peft_steps), strict=True), strict=True))[peer]
+    make(model, ids[:1, :8])()
+    step = make(model, ids)
+    return rise(lambda: (step(), step()), device)
+
+
+def decode(setting: Setting) -> list[Row]:
+    """One token after a prompt of 32, unmerged r=8, over the base."""
+    rows = []
+    for shape, target in (("124M", "≤ 1.06"), ("5.8M", "≤ 1.12")):
+        base = llama(setting.shape(shape)).requires_grad_(requires_grad=False)
+        ids = torch.randint(3, base.config.vocab_size, (1, 32))
+        for threads in setting.threads:
+            torch.set_num_threads(threads)
+            ours, theirs = adapted(base, ids)
+            with torch.no_grad():
+                variants = {name: next_token(m.eval(), ids) for name, m in (("lora_nb", ours), ("PEFT", theirs), ("base", base))}
+                times = interleaved(variants, rounds=setting.rounds(60 if shape == "124M" else 150), repeat=4)
+            note = f"PEFT {times.ratio('PEFT', 'base'):.3f}"
+            rows.append(compared(f"one decoded token, {shape}, unmerged r=8 / base", times, "base", threads, target, note))
+    return rows
+
+
+def next_token(model: nn.Module, ids: Tensor) -> Step:
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+
+    def step() -> None:
+        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(ids.shape[1])
+
+    return step
+
+
+def cuda(setting: Setting) -> list[Row]:
+    """Llama-3.2-1B's shape in bf16, 4 × 1,024 tokens: time side by side, peak memory each alone."""
+    title = "CUDA, Llama-3.2-1B shape, bf16, 4 × 1,024 tokens"
+    if not torch.cuda.is_available():
+        return [
+            Row(f"{title}: {what} / PEFT", None, None, target, "not measured: no GPU")
+            for what, target in (("time", "≤ 0.75"), ("peak", "≤ 0.6"))
+        ]
+    base, length = llama(setting.shape("1B"), "cuda"), 64 if setting.quick else 1024
+    ids = torch.randint(3, base.config.vocab_size, (4, length), device="cuda")
+    ours, theirs = adapted(base, ids)
+    times = interleaved({"lora_nb": our_steps(ours, ids), "PEFT": peft_steps(theirs, ids)}, rounds=setting.rounds(20))
+    del base, ours, theirs
+    mine, other = (alone(growth, peer, setting.shape("1B"), 4, length, "cuda")[1] for peer in ("lora_nb", "PEFT"))
+    note = f"{mine / 2**30:.2f} and {other / 2**30:.2f} GiB, on {torch.cuda.get_device_name()}"
+    return [
+        compared(f"{title}: time / PEFT", times, "PEFT", None, "≤ 0.75"),
+        Row(f"{title}: peak / PEFT", None, mine / other, "≤ 0.6", note),
+    ]
+
+
+def climb(setting: Setting) -> list[Row]:
+    """The ladder: tokens a second, growth and peak of memory at each rung."""
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for rung in ladder.RUNGS:
+            found = alone(ladder.measured, rung, device, setting.quick, setting.threads[-1])
+            note = found.missing or f"growth {found.growth / 2**20:,.0f} MiB, peak {found.peak / 2**20:,.0f} MiB; loss {found.loss:.3f}"
+            rows.append(Row(f"ladder, {device}: {rung}, tokens/s", setting.threads[-1], found.tokens_per_second, "", note))
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Setting], list[Row]]] = {
+    "step-27M": lambda s: step_time("27M", 1024, ("≤ 0.82", "≤ 1.05"), s, 12),
+    "step-5.8M": lambda s: step_time("5.8M", 2048, ("≤ 0.83", "≤ 1.12"), s, 16),
+    "tone": tone,
+    "memory": memory,
+    "decode": decode,
+    "cuda": cuda,
+    "ladder": climb,
+}
+
+
+def line(row: Row) -> str:
+    value = "" if row.value is None else f"{row.value:,.0f}" if row.value >= 10 else f"{row.value:.3f}"
+    return "| " + " | ".join((row.measure, str(row.threads or ""), value, row.target, row.met, row.note)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="everything at a tiny size, to see that it runs; writes only with --out")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    out = args.out or (None if args.quick else RESULTS / "training.json")
+    sections = json.loads(out.read_text())["sections"] if out and out.exists() else {}  # those that are not measured now stay
+    setting = Setting(args.quick, tuple(args.threads))
+    print("| measure | threads | measured | target | met | |\n|" + " --- |" * 6)
+    for name in args.only:
+        rows = SECTIONS[name](setting)
+        print("\n".join(line(row) for row in rows), flush=True)
+        sections[name] = {"machine": machine() | peers(), "rows": [asdict(row) | {"met": row.met} for row in rows]}
+        if out:
+            out.parent.mkdir(exist_ok=True)
+            out.write_text(json.dumps({"sections": sections}, indent=1, ensure_ascii=False) + "\n")
+
+
+def peers() -> dict[str, str]:
+    import transformers
+
+    return {"peft": peft.__version__, "transformers": transformers.__version__}
+
+
+if __name__ == "__main__":
+    main()
