@@ -9,6 +9,7 @@ shown to be equal; also where s·BA cancels 99 % of W, where a norm from ‖W‖
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import peft
@@ -96,6 +97,37 @@ def cases(width: int) -> dict[str, dict[str, Callable[[], None]]]:
     }
 
 
+def whole_models() -> dict[str, Callable[[], None]]:
+    """One token after 32 others through a Llama of 8 layers, 512 wide, every linear layer adapted."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, bos_token_id=1, eos_token_id=2
+    )
+    base = LlamaForCausalLM(config).eval()
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": names}
+    models: dict[str, nn.Module] = {"base": base}
+    for kind, dora in (("lora", False), ("dora", True)):
+        models[kind] = copy.deepcopy(base)
+        ln.attach(models[kind], ln.LoraConfig(**settings, use_dora=dora))
+        models[f"peft {kind}"] = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings, use_dora=dora)).eval()
+    return {name: one_token(m.eval()) for name, m in models.items()}
+
+
+def one_token(model: nn.Module) -> Callable[[], None]:
+    ids = torch.arange(32)[None] + 5
+    with torch.inference_mode():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
@@ -110,6 +142,10 @@ def main() -> None:
                 over |= {f"{n} over base": times.ratio(n, "base") for n in ("dora", "lora", "peft dora")} if kind == "decode" else {}
                 rows.append({"threads": threads, "width": width, "what": kind, "target": TARGETS[kind], **over})
                 print(rows[-1])
+        times = interleaved(whole_models(), rounds=rounds)
+        over = {name: times.ratio(name, "base") for name in ("lora", "dora", "peft lora", "peft dora")}
+        rows.append({"threads": threads, "what": "one token of a Llama, 512 wide, over its base", "target": TARGETS["decode"], **over})
+        print(rows[-1])
     wrong = {f"{w} {'cancelling' if c else 'plain'}": errors(w, cancelling=c) for w in WIDTHS for c in (False, True)}
     print(wrong)
     write("dora", {"dora over lora": rows, "relative errors against float64": wrong})

@@ -129,7 +129,7 @@ def loop(model: Any, blocks: list[Any], size: int, *, chunked: bool) -> Turn:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        yield float(loss)
+        yield float(loss.detach())
 
 
 def packed_rows(blocks: list[Any], room: int) -> list[Any]:
@@ -149,7 +149,7 @@ def by_lora_nb(start: Start, quantize: str | None = None, **settings: Any) -> Ru
     ln.attach(start.model, ln.LoraConfig(r=R, lora_alpha=ALPHA))
     if not has_own_backward(start.model):
         raise Missing("missing: a LoRA layer with a backward pass of its own")
-    if settings.get("optimizer") and start.device == "cpu":
+    if start.device == "cpu" and settings.pop("optimizer", None) and not quantize:
         raise Missing("bitsandbytes' optimizers need CUDA")
     try:
         config = ln.TrainConfig(max_steps=10**6, learning_rate=1e-4, batch_size=start.rows, seq_len=start.room, packing=True, **settings)
@@ -198,7 +198,7 @@ def rungs() -> dict[str, Any]:
 RUNGS = rungs()
 
 
-def measured(rung: str, device: str, quick: bool, threads: int) -> Found:  # noqa: FBT001 - crosses to another process by position
+def measured(rung: str, device: str, quick: bool, threads: int) -> Found:
     """One rung, in the process that it has for itself: two steps to warm up, then those that count."""
     torch.set_num_threads(threads)
     random.seed(0)

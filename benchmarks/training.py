@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import lora_nb as ln
 
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
 LORA = {"r": 8, "lora_alpha": 20.0, "target_modules": "all-linear"}
 Step = Callable[[], object]
 
@@ -114,7 +116,7 @@ def peft_steps(model: nn.Module, ids: Tensor) -> Step:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)
+        float(loss.detach())
 
     return step
 
@@ -144,11 +146,11 @@ def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Settin
         times = interleaved(variants, rounds=setting.rounds(rounds))
         title = f"step, {shape}, {tokens:,} tokens, all-linear r=8"
         rows += [compared(f"{title} / PEFT", times, "PEFT", threads, targets[0])]
-        rows += [compared(f"{title} / floor", times, "floor", threads, targets[1], f"PEFT {times.ratio('PEFT', 'floor'):.3f}")]
+        rows += [compared(f"{title} / floor", times, "floor", threads, targets[1], more=f"PEFT {times.ratio('PEFT', 'floor'):.3f}")]
     return rows
 
 
-def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, more: str = "") -> Row:
+def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, *, more: str = "") -> Row:
     low, high = times.spread("lora_nb", peer)
     said = f"middle half {low:.3f} to {high:.3f}; {1000 * times.median('lora_nb'):.1f} ms"
     return Row(measure, threads, times.ratio("lora_nb", peer), target, f"{said}; {more}" if more else said)
@@ -234,7 +236,7 @@ def decode(setting: Setting) -> list[Row]:
                 variants = {name: next_token(m.eval(), ids) for name, m in (("lora_nb", ours), ("PEFT", theirs), ("base", base))}
                 times = interleaved(variants, rounds=setting.rounds(60 if shape == "124M" else 150), repeat=4)
             note = f"PEFT {times.ratio('PEFT', 'base'):.3f}"
-            rows.append(compared(f"one decoded token, {shape}, unmerged r=8 / base", times, "base", threads, target, note))
+            rows.append(compared(f"one decoded token, {shape}, unmerged r=8 / base", times, "base", threads, target, more=note))
     return rows
 
 

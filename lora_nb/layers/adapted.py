@@ -116,9 +116,12 @@ class AdaptedLayer(nn.Module):
             base._modules[name] = self._modules[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Past nn.Module's own look-up, which costs as much as a small product.
-        there: Any = self._modules["adapters"]
+        if not self.active:
+            return self.base(*args, **kwargs)
+        there: Any = self._modules["adapters"]  # past nn.Module's look-ups, which cost as much as a small product
         acting: list[Part] = [there._modules[name] for name in self.active]
+        if len(acting) == 1 and not acting[0].replaces:
+            return acting[0].forward(self, self.base, *args, **kwargs)
         values: dict[str, Tensor] = {}
         for part in acting:
             if part.replaces:

@@ -79,15 +79,18 @@ class LoraWeights(Part):
 
     def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        if inner is layer.base and not self.beside() and is_plain(inner, x, self.lora_A):
-            return lora_linear(x, layer.weight, layer.bias, (self.lora_A, self.lora_B, self.scaling))
+        own: dict[str, Any] = self._parameters  # straight to the tables: in generation nn.Module's look-ups cost as much as these products
+        a, b = own["lora_A"], own["lora_B"]
+        if inner is layer.base and not self.beside() and is_plain(inner, x, a):
+            base: dict[str, Any] = layer._parameters
+            return lora_linear(x, base["weight"], base["bias"], (a, b, self.scaling))
         y = inner(x)
         return y + self.update(layer, self.dropped(x)).to(y.dtype)  # type: ignore[no-any-return]
 
     def beside(self) -> bool:
         """Whether it is more than s · B A x."""
         dropout = self.dropout > 0 and self.training
-        return dropout or self.lora_bias is not None or self.start_a is not None
+        return dropout or self._parameters["lora_bias"] is not None or self._buffers["start_a"] is not None
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as the adapter sees it: in its own type, with entries zeroed while it trains."""
@@ -179,7 +182,7 @@ class LoraEmbeddingWeights(LoraWeights):
     def beside(self) -> bool:
         """Whether it is more than s · B A x."""
         dropout = self.dropout > 0 and self.training
-        return dropout or self.lora_bias is not None or self.start_a is not None
+        return dropout or self._parameters["lora_bias"] is not None or self._buffers["start_a"] is not None
 
     def dropped(self, x: Tensor) -> Tensor:
         """Token ids are not zeroed."""

@@ -60,20 +60,18 @@ class LoraProduct(torch.autograd.Function):
 def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float]) -> Tensor:
     """y for x (…, in); `low_rank` is (A, B, s)."""
     a, b, s = low_rank
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         y: Tensor = LoraProduct.apply(rows, w, bias, a, b, s)  # type: ignore[no-untyped-call]
     else:
-        y = F.linear(rows, w, bias).addmm_(rows @ a.T, b.T, alpha=s)
-    return y.view(*x.shape[:-1], -1)
+        y = F.linear(rows, w, bias).addmm_(torch.mm(rows, a.T), b.T, alpha=s)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def is_plain(base: nn.Module, x: Tensor, a: Tensor) -> bool:
     """Whether `base` on `x` is a product with a frozen weight and nothing else, in the adapter's type."""
-    return (
-        type(base) is nn.Linear
-        and x.dtype == a.dtype == base.weight.dtype
-        and not base.weight.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-    )
+    if type(base) is not nn.Linear or base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        return False
+    w = base._parameters["weight"]
+    same = w is not None and x.dtype == a.dtype == w.dtype and not w.requires_grad
+    return same and not torch.is_autocast_enabled(x.device.type)
