@@ -8,21 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_nb.configs import LoraConfig, from_peft
+from lora_nb.configs import Block, BottleneckConfig, LoraConfig, from_adapterhub, from_blocks, from_interface, from_peft
 from lora_nb.errors import AdapterFileError
 from lora_nb.render import format_bytes
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+HUB_WEIGHTS, HUB_INTERFACE = "adapter.safetensors", "adapter_interface.json"  # AdapterHub's, whose config is called as PEFT's
+PICKLES = {WEIGHTS: "adapter_model.bin", HUB_WEIGHTS: "pytorch_adapter.bin"}
 PREFIX = "base_model.model."  # before each module's path in a key, in PEFT's format
+T = TypeVar("T")
 MOST_CONFIG_BYTES = 4_000_000
 MOST_HEADER_BYTES = 100_000_000
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,13 +79,17 @@ def _sync_folder(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A folder's content, checked as far as that goes without a model; `edited`: config and weights were not saved together."""
+    """A folder's content, checked as far as that goes without a model.
 
-    config: LoraConfig
+    `content` is the whole of its config file; `edited`: config and weights were not saved together.
+    """
+
+    config: LoraConfig | BottleneckConfig
     base: str | None
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
     edited: bool
+    content: dict[str, Any]
 
 
 def read_folder(folder: Path) -> SavedAdapter:
@@ -92,14 +100,29 @@ def read_folder(folder: Path) -> SavedAdapter:
     """
     try:
         written = _config_file(folder)
-        config, base = _parse(folder, written)
-        tensors, metadata = _read_weights(folder)
+        content = _json(folder / CONFIG, written)
+        config = _meant(folder, _config, content)
+        file = folder / (HUB_WEIGHTS if of_adapterhub(content) else WEIGHTS)
+        tensors, metadata = tensors_of(file)
+        if isinstance(config, BottleneckConfig):
+            config = replace(config, blocks=_blocks(folder, metadata))
     except OSError as error:
         raise AdapterFileError(f"{str(folder)!r} cannot be read: {error.strerror or error}. Check the path and who may read it.") from error
     if metadata.get("weights_sha256", "") not in {"", digest(tensors)}:
-        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} holds other values than were saved: it is damaged. Copy or save it again.")
+        raise AdapterFileError(f"{str(file)!r} holds other values than were saved: it is damaged. Copy or save it again.")
     said = metadata.get("config_sha256")
-    return SavedAdapter(config, base, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest())
+    base = content.get("model_name" if of_adapterhub(content) else "base_model_name_or_path")
+    named = base if isinstance(base, str) and base else None
+    return SavedAdapter(config, named, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest(), content)
+
+
+def of_adapterhub(content: Mapping[str, Any]) -> bool:
+    """Whose config it is: PEFT's says its method, AdapterHub's has its settings one level down."""
+    return "peft_type" not in content and "config" in content
+
+
+def _config(content: dict[str, Any]) -> LoraConfig | BottleneckConfig:
+    return from_adapterhub(content) if of_adapterhub(content) else from_peft(content)
 
 
 def _config_file(folder: Path) -> bytes:
@@ -107,37 +130,54 @@ def _config_file(folder: Path) -> bytes:
     if not file.is_file():
         there = "is a file" if folder.is_file() else "does not exist" if not folder.exists() else f"has no {CONFIG}"
         raise AdapterFileError(f"{str(folder)!r} {there}: an adapter is a folder with {CONFIG} and {WEIGHTS}.")
+    return _small(file)
+
+
+def _small(file: Path) -> bytes:
     if file.stat().st_size > MOST_CONFIG_BYTES:
         raise AdapterFileError(f"{str(file)!r} has {format_bytes(file.stat().st_size)}: no adapter config is that large.")
     return file.read_bytes()
 
 
-def _parse(folder: Path, written: bytes) -> tuple[LoraConfig, str | None]:
-    """The settings, and what the file calls its base."""
+def _json(file: Path, written: bytes) -> dict[str, Any]:
+    """The settings in a file."""
     try:
         content = json.loads(written)
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{str(folder / CONFIG)!r} is not valid JSON ({error}): the file is damaged. Copy or save it again."
-        ) from error
+        raise AdapterFileError(f"{str(file)!r} is not valid JSON ({error}): the file is damaged. Copy or save it again.") from error
     if not isinstance(content, dict):
-        raise AdapterFileError(
-            f"{str(folder / CONFIG)!r} holds a {type(content).__name__}, not an object of settings: save the adapter again."
-        )
+        raise AdapterFileError(f"{str(file)!r} holds a {type(content).__name__}, not an object of settings: save the adapter again.")
+    return content
+
+
+def _meant(folder: Path, reader: Callable[[Any], T], content: object) -> T:
+    """What `reader` makes of the content of a file."""
     try:
-        config = from_peft(content)
+        return reader(content)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:  # ConfigError, and numbers beyond a float
         raise AdapterFileError(f"{str(folder)!r} cannot be used: {error}") from error
-    base = content.get("base_model_name_or_path")
-    return config, base if isinstance(base, str) else None
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    file = folder / WEIGHTS
+def _blocks(folder: Path, metadata: Mapping[str, str]) -> tuple[Block, ...]:
+    """How the blocks of a model that is not known are described, by us or by AdapterHub."""
+    if "blocks" in metadata:
+        return _meant(folder, from_blocks, metadata["blocks"])
+    file = folder / HUB_INTERFACE
+    return (_meant(folder, from_interface, _json(file, _small(file))),) if file.is_file() else ()
+
+
+def tensors_of(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata.
+
+    Raises:
+        AdapterFileError: there is none, or it is damaged.
+    """
     if not file.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        why = "only adapter_model.bin, a pickle, which can run code when it is opened" if pickled else f"no {WEIGHTS}"
-        raise AdapterFileError(f"{str(folder)!r} has {why}: save the adapter again as safetensors.")
+        pickle = PICKLES.get(file.name, "")
+        pickled = bool(pickle) and (file.parent / pickle).exists()
+        why = f"only {pickle}, a pickle, which can run code when it is opened" if pickled else f"no {file.name}"
+        how = ", in AdapterHub with use_safetensors=True" if file.name == HUB_WEIGHTS else ""
+        raise AdapterFileError(f"{str(file.parent)!r} has {why}: save the adapter again as safetensors{how}.")
     damaged = "it is damaged, cut short or no safetensors file. Copy or save it again."
     with file.open("rb") as f:
         header = int.from_bytes(f.read(8), "little")

@@ -1,4 +1,4 @@
-"""Adapters on disk in Hugging Face PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters on disk: in Hugging Face PEFT's format, or in AdapterHub's where they are bottleneck adapters.
 
 Written whole or not at all, read back and compared after writing; checked to the key before a model is touched. What
 we add (the base's fingerprint, a hash of the config) lies in the safetensors header, where other readers ignore it.
@@ -9,18 +9,34 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lora_nb.adapter_files import CARD, CONFIG, FLOATS, PREFIX, WEIGHTS, SavedAdapter, digest, fault, read_folder, write_folder
-from lora_nb.attach import AttachReport, adapters, check_name, detach, only_name, parts, put_on, set_active
+from lora_nb.adapter_files import (
+    CARD,
+    CONFIG,
+    FLOATS,
+    HUB_WEIGHTS,
+    PREFIX,
+    WEIGHTS,
+    SavedAdapter,
+    digest,
+    fault,
+    read_folder,
+    write_folder,
+)
+from lora_nb.adapterhub import fitted, hub_content, hub_metadata, hub_problems, hub_starts
+from lora_nb.attach import AttachReport, adapters, check_name, detach, layers, only_name, parts, put_on, set_active
 from lora_nb.bases import base_name, fingerprint
-from lora_nb.configs import to_peft
+from lora_nb.bottleneck_targets import resolve_bottleneck
+from lora_nb.configs import BottleneckConfig, LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
+from lora_nb.layers.adapted import Part
 from lora_nb.layers.lora import is_conv1d
 from lora_nb.resolution import resolve, without_idle
 from lora_nb.targets import Target, short_names
@@ -28,14 +44,14 @@ from lora_nb.version import __version__
 
 
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
-    """Write an adapter as PEFT would; what stood at `path` before stays whole unless everything is written.
+    """Write an adapter as PEFT would, or AdapterHub; what stood at `path` before stays whole unless everything is written.
 
     Raises:
         AdapterError: no such adapter, or several active and none named.
         AdapterFileError: the folder cannot be written, the disk is full, weights are not finite.
     """
     name = only_name(model, name)
-    tensors = peft_tensors(model, name)
+    tensors = file_tensors(model, name)
     broken = next((f"{key!r} {wrong}" for key, t in tensors.items() if (wrong := fault(t))), None)
     if broken:
         raise AdapterFileError(
@@ -51,7 +67,10 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
         "weights_sha256": digest(tensors),
         **adapters(model).facts.get(name, {}),
     }
-    write_folder(Path(path), {WEIGHTS: to_safetensors(tensors, metadata), CONFIG: config, CARD: _card(model, name)})
+    settings = adapters(model).reports[name].config
+    metadata |= hub_metadata(settings) if isinstance(settings, BottleneckConfig) else {}
+    weights = HUB_WEIGHTS if isinstance(settings, BottleneckConfig) else WEIGHTS
+    write_folder(Path(path), {weights: to_safetensors(tensors, metadata), CONFIG: config, CARD: _card(model, name)})
     return Path(path)
 
 
@@ -69,12 +88,14 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     folder = Path(path)
     saved = read_folder(folder)
     check_name(model, name)
-    config = without_idle(model, saved.config)
-    targets = resolve(model, config)
-    expected = _expected(targets)
+    config, targets = _meant(model, saved)
+    starts = _starts(model, config, [t.name for t in targets], str(saved.content.get("name")))
+    expected = {f"{starts[t.name]}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
     tensors = {key: t for key, t in saved.tensors.items() if key in expected or not _copy_of_base(model, key, t)}
+    tensors = fitted(model, tensors, expected) if isinstance(config, BottleneckConfig) else tensors
     _refuse_unfit(folder, expected, tensors)
     problems = _problems(model, saved, expected, tensors)
+    problems += hub_problems(model, folder, saved.content) if isinstance(config, BottleneckConfig) else []
     if problems and strict:
         raise AdapterFileError(f"{str(folder)!r}: {' '.join(problems)} With strict=False it is loaded all the same.")
     for problem in problems:
@@ -82,7 +103,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     active = adapters(model).active
     report = put_on(model, config, name, targets)
     try:
-        _fill(model, name, tensors)
+        _fill(model, name, starts, tensors)
         adapters(model).facts[name] = {k: v for k, v in saved.metadata.items() if k.startswith("training_")}
     except BaseException:
         detach(model, name)
@@ -91,17 +112,36 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     return report
 
 
-def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys, on the CPU; what two tied layers share is there under both names, as in PEFT."""
+def _meant(model: nn.Module, saved: SavedAdapter) -> tuple[LoraConfig | BottleneckConfig, list[Target]]:
+    """The config of a file, less what means nothing on this model, and where it puts what."""
+    if isinstance(saved.config, BottleneckConfig):
+        return saved.config, resolve_bottleneck(model, saved.config)
+    config = without_idle(model, saved.config)
+    return config, resolve(model, config)
+
+
+def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors under a file's keys, on the CPU; what two tied layers share is there under both names, as in PEFT."""
+    found = parts(model, name)
+    starts = _starts(model, adapters(model).reports[name].config, found, name)
     return {
-        f"{PREFIX}{path}{end}": t.detach().to("cpu", copy=True).contiguous()
-        for path, part in parts(model, name).items()
+        f"{starts[path]}{end}": t.detach().to("cpu", copy=True).contiguous()
+        for path, part in found.items()
         for end, t in part.saved().items()
     }
 
 
+def _starts(model: nn.Module, config: LoraConfig | BottleneckConfig, paths: Iterable[str], name: str) -> dict[str, str]:
+    """Path of a module → what its keys start with: PEFT's do not have the adapter's name, AdapterHub's do."""
+    if isinstance(config, BottleneckConfig):
+        return hub_starts(model, config, name)
+    return {path: f"{PREFIX}{path}" for path in paths}
+
+
 def _config_bytes(model: nn.Module, name: str) -> bytes:
     report = adapters(model).reports[name]
+    if isinstance(report.config, BottleneckConfig):
+        return json.dumps(hub_content(model, report.config, name), indent=2).encode()
     ranked = [path for path, m in report.matched.items() if m.by_module]
     conv1d = any(is_conv1d(model.get_submodule(path)) for path in ranked)
     content = to_peft(report.config, short_names(model, ranked) if ranked else [], base_name(model), fan_in_fan_out=conv1d)
@@ -110,24 +150,25 @@ def _config_bytes(model: nn.Module, name: str) -> bytes:
 
 def _card(model: nn.Module, name: str) -> bytes:
     base, report = base_name(model) or "unknown", adapters(model).reports[name]
+    if isinstance(report.config, BottleneckConfig):
+        kind, library, settings = "Bottleneck", "adapters", ""
+        readers = "AdapterHub's `adapters`"
+    else:
+        kind, library, settings = "LoRA", "peft", f"Rank {report.config.r}, alpha {report.config.lora_alpha:g}, "
+        readers = "Hugging Face PEFT, or whatever reads PEFT's files"
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
-        "library_name: peft",
-        "tags: [lora, lora_nb]",
+        f"library_name: {library}",
+        f"tags: [{kind.lower()}, lora_nb]",
         "---",
-        f"# LoRA adapter for `{base}`",
+        f"# {kind} adapter for `{base}`",
         "",
-        f"Rank {report.config.r}, alpha {report.config.lora_alpha:g}, {len(report.matched)} modules, {report.trainable:,} parameters.",
-        "Written by lora_nb; read it with lora_nb, Hugging Face PEFT, or whatever reads PEFT's files.",
+        f"{settings}{len(report.matched)} modules, {report.trainable:,} parameters.",
+        f"Written by lora_nb; read it with lora_nb, {readers}.",
         "",
     ]
     return "\n".join(lines).encode()
-
-
-def _expected(targets: Sequence[Target]) -> dict[str, tuple[int, ...]]:
-    """Key → shape of every tensor that these targets ask for."""
-    return {f"{PREFIX}{t.name}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
 
 
 def _copy_of_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
@@ -176,9 +217,13 @@ def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """A part that the file does not have whole stays at its start, where it changes nothing."""
-    for path, part in parts(model, name).items():
-        own = {f"{PREFIX}{path}{end}": p for end, p in part.tensors().items()}
-        for key, p in own.items() if own.keys() <= tensors.keys() else ():
+def _fill(model: nn.Module, name: str, starts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """A part that the file does not have whole is set to a start where it changes nothing."""
+    for path, layer in layers(model, name):
+        part = cast("Part", layer.adapters[name])
+        own = {f"{starts[path]}{end}": p for end, p in part.tensors().items()}
+        if not own.keys() <= tensors.keys():
+            part.reset(layer)
+            continue
+        for key, p in own.items():
             p.copy_(tensors[key])

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from lora_nb.adapter_files import CONFIG, PREFIX, WEIGHTS, fault, read_folder
-from lora_nb.configs import LoraConfig
+from lora_nb.adapter_files import CONFIG, HUB_WEIGHTS, PREFIX, WEIGHTS, SavedAdapter, fault, read_folder
+from lora_nb.configs import BottleneckConfig, LoraConfig
 from lora_nb.render import format_bytes, html_table, text_table
+
+Modules = dict[str, tuple[int, int, int]]
+WHERE = {
+    "output": "sublayers' outputs",
+    "sum": "residual stream behind the sublayers",
+    "residual": "residual stream, beside the sublayers",
+    "normed": "norms' outputs",
+}
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What a saved adapter is: its config, modules (path → rank, in, out), size, base, fingerprint, and what looks odd."""
+    """What a saved adapter is: its config, modules (path → rank, in, out), size, base, fingerprint, and what looks odd.
+
+    Of a bottleneck adapter the rank is the size of the bottleneck.
+    """
 
     path: str
-    config: LoraConfig
+    config: LoraConfig | BottleneckConfig
     modules: dict[str, tuple[int, int, int]]
     bytes: int
     base: str | None
@@ -25,18 +37,28 @@ class AdapterSummary:
     warnings: list[str]
 
     def _rows(self) -> list[tuple[str, str]]:
-        c, ranks = self.config, sorted({r for r, _, _ in self.modules.values()})
+        ranks = ", ".join(str(r) for r in sorted({r for r, _, _ in self.modules.values()}))
         facts = {
-            "method": ("DoRA" if c.use_dora else "LoRA") + (", rank-stabilised" if c.use_rslora else ""),
+            "method": self._method(),
             "base": self.base or "not said",
             "base fingerprint": self.fingerprint or "none: not written by lora_nb",
-            "rank": ", ".join(map(str, ranks)),
-            "alpha": f"{c.lora_alpha:g}",
+            **self._sizes(ranks),
             "modules": f"{len(self.modules)}: " + ", ".join(sorted({m.rsplit(".", 1)[-1] for m in self.modules})),
-            "parameters": f"{sum(r * (i + o) for r, i, o in self.modules.values()):,}",
             "size": format_bytes(self.bytes),
         }
         return [*facts.items(), *(("warning", w) for w in self.warnings)]
+
+    def _method(self) -> str:
+        c = self.config
+        if isinstance(c, BottleneckConfig):
+            return f"bottleneck adapter on the {WHERE[c.reading()]}"
+        return ("DoRA" if c.use_dora else "LoRA") + (", rank-stabilised" if c.use_rslora else "")
+
+    def _sizes(self, ranks: str) -> dict[str, str]:
+        if isinstance(self.config, BottleneckConfig):
+            return {"bottleneck": ranks, "scaling": str(self.config.scaling)}
+        parameters = sum(r * (i + o) for r, i, o in self.modules.values())
+        return {"rank": ranks, "alpha": f"{self.config.lora_alpha:g}", "parameters": f"{parameters:,}"}
 
     def __repr__(self) -> str:
         return text_table([self.path, ""], self._rows())
@@ -53,13 +75,31 @@ def inspect(path: str | Path) -> AdapterSummary:
     """
     folder = Path(path)
     saved = read_folder(folder)
-    modules = {path: shape for path, pair in _pairs(saved.tensors).items() if (shape := _shape(pair))}
-    odd = [f"key {key!r} is not one of a LoRA weight" for key in saved.tensors if not _belongs(key, saved.config)]
-    odd += [f"{path} has no pair of A and B" for path in _pairs(saved.tensors) if path not in modules]
+    modules, odd = _bottlenecks(saved) if isinstance(saved.config, BottleneckConfig) else _low_rank(saved.tensors, saved.config)
     odd += [f"{key} {wrong}" for key, t in saved.tensors.items() if (wrong := fault(t))]
     odd += ["config and weights were not saved together"] if saved.edited else []
-    size = sum(p.stat().st_size for p in (folder / CONFIG, folder / WEIGHTS))
+    weights = HUB_WEIGHTS if isinstance(saved.config, BottleneckConfig) else WEIGHTS
+    size = sum(p.stat().st_size for p in (folder / CONFIG, folder / weights))
     return AdapterSummary(str(folder), saved.config, modules, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
+
+
+def _low_rank(tensors: dict[str, Tensor], config: LoraConfig) -> tuple[Modules, list[str]]:
+    """The modules of a LoRA file, and what looks odd in it."""
+    pairs = _pairs(tensors)
+    modules = {path: shape for path, pair in pairs.items() if (shape := _shape(pair))}
+    odd = [f"key {key!r} is not one of a LoRA weight" for key in tensors if not _belongs(key, config)]
+    return modules, odd + [f"{path} has no pair of A and B" for path in pairs if path not in modules]
+
+
+def _bottlenecks(saved: SavedAdapter) -> tuple[Modules, list[str]]:
+    """The same of a file in AdapterHub's format."""
+    modules: Modules = {}
+    middle = f".adapters.{saved.content.get('name')}."
+    for key, t in saved.tensors.items():
+        path, found, end = key.partition(middle)
+        if found and t.ndim == 2 and re.fullmatch(r"adapter_down\.\d\.weight", end):
+            modules[path] = (t.shape[0], t.shape[1], t.shape[1])
+    return modules, [f"key {key!r} is not one of the adapter's" for key in saved.tensors if middle not in key]
 
 
 def _pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

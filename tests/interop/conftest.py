@@ -96,8 +96,9 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def gap(one: nn.Module, other: nn.Module) -> float:
-    """The largest difference of logits."""
-    return float((logits(one) - logits(other)).abs().max())
+    """The largest difference of logits, of those beyond 1 in proportion: the embedded base gives logits of 20 and more."""
+    a, b = logits(one), logits(other)
+    return float(((a - b).abs() / b.abs().clamp_min(1)).max())
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
