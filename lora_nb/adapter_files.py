@@ -200,7 +200,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fault(tensor: Tensor) -> str | None:
-    """What no adapter's tensor may hold."""
+    """What no adapter's tensor may hold; a single whole number is the count of a BatchNorm in `modules_to_save`."""
+    if tensor.ndim == 0 and tensor.dtype == torch.int64:
+        return None
     if tensor.dtype not in FLOATS:
         return f"holds {tensor.dtype}, not floating-point numbers of 16 bits or more"
     return None if torch.isfinite(tensor.float()).all() else "holds NaN or infinity"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ from lora_nb.configs import BottleneckConfig, LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
 from lora_nb.layers.adapted import Part
 from lora_nb.layers.lora import is_conv1d
-from lora_nb.resolution import resolve, without_idle
+from lora_nb.resolution import resolve, spelled_for_peft, without_idle
 from lora_nb.targets import Target, short_names
 from lora_nb.version import __version__
 
@@ -91,9 +92,10 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     config, targets = _meant(model, saved)
     starts = _starts(model, config, [t.name for t in targets], str(saved.content.get("name")))
     expected = {f"{starts[t.name]}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
-    tensors = {key: t for key, t in saved.tensors.items() if key in expected or not _copy_of_base(model, key, t)}
+    tensors = {key: t for key, t in saved.tensors.items() if key in expected or not _said_already(model, saved.tensors, key)}
     tensors = fitted(model, tensors, expected) if isinstance(config, BottleneckConfig) else tensors
     _refuse_unfit(folder, expected, tensors)
+    _refuse_claims(model, folder, expected, tensors)
     problems = _problems(model, saved, expected, tensors)
     problems += hub_problems(model, folder, saved.content) if isinstance(config, BottleneckConfig) else []
     if problems and strict:
@@ -144,7 +146,8 @@ def _config_bytes(model: nn.Module, name: str) -> bytes:
         return json.dumps(hub_content(model, report.config, name), indent=2).encode()
     ranked = [path for path, m in report.matched.items() if m.by_module]
     conv1d = any(is_conv1d(model.get_submodule(path)) for path in ranked)
-    content = to_peft(report.config, short_names(model, ranked) if ranked else [], base_name(model), fan_in_fan_out=conv1d)
+    config, names = spelled_for_peft(model, report.config), short_names(model, ranked) if ranked else []
+    content = to_peft(config, names, base_name(model), fan_in_fan_out=conv1d)
     return json.dumps(content, indent=2).encode()  # in its own order: the first key of a rank_pattern that matches wins
 
 
@@ -171,8 +174,15 @@ def _card(model: nn.Module, name: str) -> bytes:
     return "\n".join(lines).encode()
 
 
-def _copy_of_base(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """PEFT adds the whole embedding when it is targeted; a copy that equals this model's own says nothing new."""
+def _said_already(model: nn.Module, tensors: Mapping[str, Tensor], key: str) -> bool:
+    """A key that says nothing new.
+
+    PEFT adds the whole embedding when it is targeted: a copy of this model's own. With bias="all" it has the biases of
+    `modules_to_save` twice.
+    """
+    tensor, twin = tensors[key], tensors.get(key.replace(".modules_to_save.", "."))
+    if twin is not None and twin is not tensor:
+        return torch.equal(twin, tensor)
     if not key.startswith(PREFIX) or ".lora_" in key or tensor.dtype not in FLOATS:
         return False
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head has a name of its own, too
@@ -214,6 +224,16 @@ def _refuse_unfit(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors
             )
         if wrong := fault(tensor):
             raise AdapterFileError(f"{str(folder)!r}: {key!r} {wrong}. Save the adapter again.")
+
+
+def _refuse_claims(model: nn.Module, folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Memory for what a file only speaks of: with strict=False it would be given."""
+    claimed = sum(math.prod(shape) for key, shape in expected.items() if key not in tensors)
+    if claimed > sum(p.numel() for p in model.parameters()):
+        raise AdapterFileError(
+            f"{str(folder)!r}: its config asks for {claimed:,} numbers that the file does not hold, more than the model has. "
+            f"Load it with the {CONFIG} that was saved with it."
+        )
 
 
 @torch.no_grad()

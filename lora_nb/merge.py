@@ -173,7 +173,7 @@ class Plan:
                 raise AdapterError(f"{name!r} cannot be merged into {path!r}: {error}. Nothing was changed.") from error
         changed = {n: v for n, v in after.items() if v is not before.get(n)}
         for n, v in changed.items():
-            if not torch.isfinite(v.to(layer.weight.dtype) if v.is_floating_point() and not _is_packed(layer) else v).all():
+            if not torch.isfinite(v.to(_dtype(layer, n))).all():
                 names = ", ".join(layer.active)
                 raise AdapterError(f"{path}.{n} would hold NaN or infinity with {names!r}: nothing was changed. Train it again.")
         return before, changed
@@ -209,8 +209,7 @@ class Plan:
 def _rounded(layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | None], Tensor | None]:
     """The values in the types of what they replace, put in place; returns what stood there, and the new weight."""
     old = {n: layer._parameters.get(n, layer._buffers.get(n)) for n in changed}
-    like = next(p for p in layer._parameters.values() if p is not None)
-    new = {n: v.detach().to((old[n] if old[n] is not None else like).dtype, copy=True) for n, v in changed.items()}  # type: ignore[union-attr]
+    new = {n: v.detach().to(_dtype(layer, n), copy=True) for n, v in changed.items()}
     _set(layer, {n: v if n in layer._buffers else nn.Parameter(v, requires_grad=False) for n, v in new.items()})
     return old, new.get("weight")
 
@@ -219,6 +218,13 @@ def _set(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         table: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
         table[name] = tensor
+
+
+def _dtype(layer: AdaptedLayer, name: str) -> torch.dtype:
+    """The type in which the layer keeps the tensor of that name."""
+    kept = layer._parameters.get(name, layer._buffers.get(name))
+    like = kept if kept is not None else next(p for p in layer._parameters.values() if p is not None)
+    return like.dtype
 
 
 def _is_packed(module: nn.Module) -> bool:

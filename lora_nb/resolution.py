@@ -17,6 +17,7 @@ from lora_nb.targets import (
     HEADS,
     Target,
     base_modules,
+    is_left_out,
     low_rank_targets,
     named,
     parts_of,
@@ -38,6 +39,7 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
     modules = dict(base_modules(model))
     config = with_head(config, modules)
     low_rank = low_rank_targets(model, config, modules)
+    _refuse_tied_updates(config, low_rank, modules)
     others = [*_experts(config, modules), *_tokens(model, config, modules), *_saved(model, config, modules)]
     taken = {t.name for t in (*low_rank, *others)}
     others += _biases(config, modules, taken)
@@ -49,6 +51,18 @@ def resolve(model: nn.Module, config: LoraConfig) -> list[Target]:
             )
         targets[target.name] = target
     return [targets[name] for name in modules if name in targets]
+
+
+def _refuse_tied_updates(config: LoraConfig, low_rank: Sequence[Target], modules: Mapping[str, nn.Module]) -> None:
+    """PEFT has one update for both of a tied pair, on the one side transposed; here each layer has its own."""
+    for target in low_rank if config.ensure_weight_tying else ():
+        partners = _partners(modules, {target.name: target.module})
+        if partners:
+            raise TargetError(
+                f"ensure_weight_tying asks for one update of {target.name!r} and {next(iter(partners))!r}, which share a weight; here "
+                f"low-rank updates are each layer's own. Name {target.name.rsplit('.', 1)[-1]!r} in modules_to_save to train it whole and "
+                "tied, or leave ensure_weight_tying out."
+            )
 
 
 def refuse_idle_settings(config: LoraConfig, targets: Sequence[Target]) -> None:
@@ -66,27 +80,46 @@ def refuse_idle_settings(config: LoraConfig, targets: Sequence[Target]) -> None:
 def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The same config less what means nothing here; PEFT writes such files, a person would not.
 
-    That are names which `exclude_modules` takes back whole, names to exclude that the model does not have, and the head that
-    PEFT adds for a task under every name that it may have.
+    That are names which `exclude_modules` or `modules_to_save` takes back whole, names to exclude that the model does not have,
+    and the head that PEFT adds for a task under every name that it may have. Names in `modules_to_save` that PEFT reads as
+    more modules than their name says become the paths of these.
     """
     paths = [path for path, _ in base_modules(model) if path]
-    saved = [n for n in config.modules_to_save if n not in HEADS or any(named(p, [n]) for p in paths)]
-    config = replace(config, modules_to_save=tuple(saved))
+    saved = [n for name in config.modules_to_save for n in _spelled(paths, name, _saved_by_peft(paths, name))]
+    config = replace(config, modules_to_save=tuple(n for n in saved if n not in HEADS or _saved_by_peft(paths, n)))
     if config.exclude_modules is not None:
         there = [part for part in parts_of(config.exclude_modules) if any(named(path, part) for path in paths)]
         kept = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(part[0] for part in there)
         config = replace(config, exclude_modules=kept if there else None)
-    if isinstance(config.target_modules, str) or not config.target_modules or config.exclude_modules is None:
+    if isinstance(config.target_modules, str) or not config.target_modules:
         return config
     meant = {name: [path for path in paths if named(path, [name])] for name in config.target_modules}
-    idle = {name for name, found in meant.items() if found and all(named(path, config.exclude_modules) for path in found)}
+    idle = {name for name, found in meant.items() if found and all(is_left_out(config, path) for path in found)}
     return replace(config, target_modules=[name for name in config.target_modules if name not in idle])
+
+
+def spelled_for_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The same config with `modules_to_save` such that PEFT reads no more out of it than it says."""
+    paths = [path for path, _ in base_modules(model) if path]
+    saved = [n for name in config.modules_to_save for n in _spelled(paths, name, [p for p in paths if named(p, [name])])]
+    return replace(config, modules_to_save=tuple(saved))
+
+
+def _saved_by_peft(paths: Sequence[str], name: str) -> list[str]:
+    """PEFT asks for no dot before a name in `modules_to_save`: "norm" is "input_layernorm", too."""
+    return [path for path in paths if path.endswith(name)]
+
+
+def _spelled(paths: Sequence[str], name: str, meant: list[str]) -> list[str]:
+    """The name, where it says what is meant to us and to PEFT, else the paths."""
+    return [name] if _saved_by_peft(paths, name) == [p for p in paths if named(p, [name])] else meant
 
 
 def with_head(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
     """A classifier starts at random, so PEFT adds it to `modules_to_save` for the tasks that have one; so do we, unless it is a target."""
     taken = (*config.modules_to_save, *(() if isinstance(config.target_modules, str) else config.target_modules or ()))
-    heads = [name for name in TASK_HEADS.get(config.task_type or "", ()) if name in modules and name not in taken]
+    ends = TASK_HEADS.get(config.task_type or "", ())
+    heads = [name for name in modules if name.endswith(ends) and "." not in name and name not in taken]  # "pre_classifier", too
     return replace(config, modules_to_save=(*config.modules_to_save, *heads)) if heads else config
 
 
@@ -111,7 +144,7 @@ def _saved(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module
         chosen |= {p: m for p, m in modules.items() if any(p == top or p.startswith(top + ".") for top in tops)}
     if config.ensure_weight_tying:
         chosen |= _partners(modules, chosen)
-    found = [_whole(p, m, _own(m), "whole") for p, m in chosen.items() if _own(m)]
+    found = [_whole(p, m, _own(m), "whole") for p, m in modules.items() if p in chosen and _own(m)]
     return _tied(found) if config.ensure_weight_tying else found
 
 
@@ -168,7 +201,8 @@ def _expert(path: str, module: nn.Module, names: list[str], config: LoraConfig) 
     transposed = bool(getattr(module, "is_transposed", False))
     make = partial(ParameterWeights, chosen, settings, transposed=transposed)
     smallest = min(chosen.values(), key=lambda p: min(p.shape[-2:]))
-    shape = (int(smallest.shape[-2]), int(smallest.shape[-1]))
+    last, second = int(smallest.shape[-1]), int(smallest.shape[-2])
+    shape = (last, second) if transposed and smallest.ndim == 3 else (second, last)
     r, scaling = max(settings.values())
     return Target(path, module, "LoRA", shape, r, scaling, make, inside=tuple(names))
 
@@ -185,7 +219,7 @@ def _tokens(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Modul
             raise TargetError(f"trainable_token_indices names {name!r}, which matches no module of the model." + nearest(name, known))
         found |= dict.fromkeys(hits, indices)
     for path, indices in found.items():
-        size = modules[path].weight.shape[0]  # type: ignore[index,union-attr]
+        size = modules[path].weight.shape[0]  # type: ignore[index]
         if max(indices) >= size:
             raise TargetError(f"trainable_token_indices has token {max(indices)}, but {path!r} has {size}: 0 to {size - 1}.")
     for path in _partners(modules, {p: modules[p] for p in found}):

@@ -23,7 +23,7 @@ WHERE = {
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What a saved adapter is: its config, modules (path → rank, in, out), size, base, fingerprint, and what looks odd.
+    """What a saved adapter is: its config, modules (path → rank, in, out), parameters, size, base, fingerprint, and what looks odd.
 
     Of a bottleneck adapter the rank is the size of the bottleneck.
     """
@@ -31,6 +31,7 @@ class AdapterSummary:
     path: str
     config: LoraConfig | BottleneckConfig
     modules: dict[str, tuple[int, int, int]]
+    parameters: int
     bytes: int
     base: str | None
     fingerprint: str | None
@@ -57,8 +58,7 @@ class AdapterSummary:
     def _sizes(self, ranks: str) -> dict[str, str]:
         if isinstance(self.config, BottleneckConfig):
             return {"bottleneck": ranks, "scaling": str(self.config.scaling)}
-        parameters = sum(r * (i + o) for r, i, o in self.modules.values())
-        return {"rank": ranks, "alpha": f"{self.config.lora_alpha:g}", "parameters": f"{parameters:,}"}
+        return {"rank": ranks, "alpha": f"{self.config.lora_alpha:g}", "parameters": f"{self.parameters:,}"}
 
     def __repr__(self) -> str:
         return text_table([self.path, ""], self._rows())
@@ -80,7 +80,8 @@ def inspect(path: str | Path) -> AdapterSummary:
     odd += ["config and weights were not saved together"] if saved.edited else []
     weights = HUB_WEIGHTS if isinstance(saved.config, BottleneckConfig) else WEIGHTS
     size = sum(p.stat().st_size for p in (folder / CONFIG, folder / weights))
-    return AdapterSummary(str(folder), saved.config, modules, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
+    count = sum(t.numel() for key, t in saved.tensors.items() if isinstance(saved.config, BottleneckConfig) or _belongs(key, saved.config))
+    return AdapterSummary(str(folder), saved.config, modules, count, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
 
 
 def _low_rank(tensors: dict[str, Tensor], config: LoraConfig) -> tuple[Modules, list[str]]:
@@ -116,7 +117,7 @@ def _shape(pair: dict[str, Tensor]) -> tuple[int, int, int] | None:
     """(r, in, out), unless the two do not fit together."""
     if set(pair) != {"A", "B"} or any(t.ndim < 2 for t in pair.values()):
         return None
-    return pair["A"].shape[0], pair["A"].shape[1], pair["B"].shape[0]
+    return pair["A"].shape[0], pair["A"].flatten(1).shape[1], pair["B"].shape[0]
 
 
 def _belongs(key: str, config: LoraConfig) -> bool:

@@ -64,10 +64,9 @@ def low_rank_targets(model: nn.Module, config: LoraConfig, modules: Mapping[str,
     Raises:
         TargetError: a name, pattern, layer number or rank that fits nothing, or a module that LoRA cannot adapt.
     """
-    wanted = config.target_modules
+    wanted, left_out = config.target_modules, partial(is_left_out, config)
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        wanted = [name for name in all_linear(model, modules, config.task_type) if not named(name, config.exclude_modules)]
-    left_out = partial(_left_out, config)
+        wanted = [name for name in all_linear(model, modules, config.task_type) if not left_out(name)]
     candidates = [name for name in modules if name and not left_out(name)]
     found = [name for name in candidates if named(name, wanted) and _layer_wanted(name, config)]
     if wanted != ():
@@ -75,7 +74,7 @@ def low_rank_targets(model: nn.Module, config: LoraConfig, modules: Mapping[str,
     return [_target(name, modules[name], config, modules) for name in found]
 
 
-def _left_out(config: LoraConfig, path: str) -> bool:
+def is_left_out(config: LoraConfig, path: str) -> bool:
     """By `exclude_modules`, or because the whole module is trained anyhow."""
     return named(path, config.exclude_modules) or any(f".{m}." in f".{path}." for m in config.modules_to_save)
 
@@ -114,19 +113,23 @@ def matches(pattern: str, path: str) -> bool:
     Raises:
         TargetError: it takes for ever, as nested repetitions may.
     """
+    return _match(regex.fullmatch, pattern, path) is not None
+
+
+def _match(how: Callable[..., regex.Match[str] | None], pattern: str, path: str) -> regex.Match[str] | None:
+    """`how(pattern, path)`, but for no longer than `PATIENCE`."""
     try:
-        return regex.fullmatch(pattern, path, timeout=PATIENCE) is not None
-    except TimeoutError as error:
-        raise TargetError(
-            f"The pattern {pattern[:80]!r} takes longer than {PATIENCE:g} s on {path!r}: write it without nested repeats."
-        ) from error
+        return how(pattern, path, timeout=PATIENCE)
+    except (TimeoutError, RecursionError, regex.error) as error:
+        why = f"takes longer than {PATIENCE:g} s" if isinstance(error, TimeoutError) else f"cannot be used ({error})"
+        raise TargetError(f"The pattern {pattern[:80]!r} {why} on {path!r}: write it without nested repeats and brackets.") from error
 
 
 def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
     """The first number that stands alone in the path and has something after it, or the one behind `layers_pattern`."""
     expressions = [rf"(?:^|.*?\.){p}\.(?P<number>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<number>\d+)\."]
     for expression in expressions:
-        match = regex.match(expression, path, timeout=PATIENCE)
+        match = _match(regex.match, expression, path)
         if match:
             return int(match["number"]) if match["number"] else None  # `h|layers` may match without one
     return None
@@ -189,7 +192,7 @@ def refuse_rank(target: Target) -> None:
 
 def _refuse_for_kind(kind: type[LoraWeights], name: str, module: nn.Module, config: LoraConfig, r: int) -> None:
     """What the maths of one kind of layer has no room for; PEFT refuses the same, or computes something else in silence."""
-    groups = int(getattr(module, "groups", 1))  # type: ignore[arg-type]
+    groups = int(getattr(module, "groups", 1))
     if issubclass(kind, LoraConvWeights) and groups > 1:
         if r % groups:
             raise TargetError(f"rank {r} was asked for {name!r}, a convolution of {groups} groups: r must be a multiple of {groups}.")

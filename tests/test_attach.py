@@ -120,6 +120,44 @@ def test_detach_restores_modules_tensors_flags_and_modes(case: str) -> None:
     assert "lora_nb_adapters" not in vars(model)
 
 
+RICH = {
+    "dora": (tiny_llama, {"use_dora": True, "lora_bias": True, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}),
+    "pissa": (tiny_gpt2, {"init_lora_weights": "pissa", "target_modules": "all-linear"}),
+    "biases": (tiny_bert, {"bias": "all", "target_modules": ["query"]}),
+    "whole": (tiny_gpt2, {"modules_to_save": ["ln_f", "h.1"], "target_modules": ["c_attn"]}),
+    "tied": (lambda: tiny_llama(tied=True), {"modules_to_save": ["lm_head"], "ensure_weight_tying": True, "target_modules": ["q_proj"]}),
+    "tokens": (lambda: tiny_llama(tied=True), {"trainable_token_indices": [3, 9], "target_modules": ["q_proj"]}),
+    "parameters": (tiny_llama, {"target_parameters": ["up_proj.weight", "q_proj.weight"]}),
+}
+
+
+@pytest.mark.parametrize("case", RICH)
+def test_every_option_starts_as_the_base_trains_beside_it_and_comes_off_without_a_trace(case: str) -> None:
+    make, settings = RICH[case]
+    model = make()
+    modules, before, output = list(model.named_modules()), tensors(model), logits(model)
+    report = attach(model, LoraConfig(r=4, lora_alpha=12, **settings))
+    torch.testing.assert_close(logits(model), output, atol=1e-5, rtol=1e-5)
+    own = parameters(model)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in own.values()}
+    assert sum(p.numel() for p in own.values()) == report.trainable
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
+    for _ in range(2):
+        model.train()(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+    assert (logits(model.eval()) - output).abs().max() > 1e-2
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if ".adapters." not in name)
+    trained = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model)), trained)
+    with disabled(model):
+        assert torch.equal(logits(model), output)
+    detach(model)
+    assert list(model.named_modules()) == modules
+    assert list(model.state_dict()) == list(before)
+    assert torch.equal(logits(model), output)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_detach_leaves_no_gradient_on_the_base() -> None:
     model = trained_llama()
     model(input_ids=token_ids()).logits.sum().backward()

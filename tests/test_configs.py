@@ -16,14 +16,18 @@ from lora_nb.configs import PEFT_UNUSED, LoraConfig, TrainConfig, from_peft, to_
 from lora_nb.errors import ConfigError
 
 COUNT = "a whole number of at least 1"
+RANK = f"{COUNT} and at most 1048576"
+INITS = "True or one of 'gaussian', 'orthogonal', 'pissa', 'olora', 'pissa_niter_4'"
+TOKENS = "token numbers from 0, each once"
 NAMES = "a string or a list of module names, not empty"
 
 BAD_LORA = [
-    ("r", 0, COUNT),
-    ("r", -3, COUNT),
-    ("r", 4.0, COUNT),
-    ("r", "8", COUNT),
-    ("r", True, COUNT),
+    ("r", 0, RANK),
+    ("r", -3, RANK),
+    ("r", 4.0, RANK),
+    ("r", "8", RANK),
+    ("r", True, RANK),
+    ("r", 10**400, RANK),
     ("lora_alpha", 0, "a number above 0"),
     ("lora_alpha", -16, "a number above 0"),
     ("lora_alpha", math.nan, "a number above 0"),
@@ -32,8 +36,8 @@ BAD_LORA = [
     ("lora_dropout", -0.1, "in [0, 1)"),
     ("lora_dropout", 1, "in [0, 1)"),
     ("lora_dropout", None, "in [0, 1)"),
-    ("target_modules", None, NAMES),
     ("target_modules", "", NAMES),
+    ("target_modules", (), NAMES),
     ("target_modules", [], NAMES),
     ("target_modules", ["q_proj", ""], NAMES),
     ("target_modules", ["q_proj", 3], NAMES),
@@ -50,9 +54,26 @@ BAD_LORA = [
     ("alpha_pattern", "q_proj", "a dict of module name to value"),
     ("use_rslora", 1, "True or False"),
     ("use_rslora", "yes", "True or False"),
-    ("init_lora_weights", False, "True or 'gaussian'"),
-    ("init_lora_weights", 1, "True or 'gaussian'"),  # PEFT cannot read a file with 1
-    ("init_lora_weights", "pissa", "True or 'gaussian'"),
+    ("init_lora_weights", False, INITS),
+    ("init_lora_weights", 1, INITS),  # PEFT cannot read a file with 1
+    ("init_lora_weights", "pissa_niter_", INITS),
+    ("init_lora_weights", "corda", INITS),
+    ("init_lora_weights", None, INITS),
+    *[(name, value, "True or False") for name in ("use_dora", "lora_bias", "ensure_weight_tying") for value in (1, "yes", None)],
+    ("modules_to_save", "lm_head", "a list of names"),
+    ("modules_to_save", [""], "a list of names"),
+    ("modules_to_save", [3], "a list of names"),
+    ("target_parameters", "experts.up", "a list of names"),
+    ("target_parameters", [None], "a list of names"),
+    ("trainable_token_indices", [], TOKENS),
+    ("trainable_token_indices", [3, 3], TOKENS),
+    ("trainable_token_indices", [-1], TOKENS),
+    ("trainable_token_indices", [1.0], TOKENS),
+    ("trainable_token_indices", [True], TOKENS),
+    ("trainable_token_indices", "abc", TOKENS),
+    ("trainable_token_indices", 3, TOKENS),
+    ("trainable_token_indices", {"embed_tokens": []}, TOKENS),
+    ("trainable_token_indices", {"embed_tokens": [0], "lm_head": [-1]}, TOKENS),
 ]
 
 BAD_TRAIN = [
@@ -107,6 +128,17 @@ def test_a_bad_value_is_refused_with_what_was_given_and_what_is_allowed(kind, na
             ["layers_pattern", "not usable as a regular expression"],
         ),
         ({"layers_to_transform": [0]}, ["layers_to_transform=[0]", "left out when target_modules is a pattern, not a list"]),
+        ({"target_modules": "((a{1000}){1000}){1000}"}, ["target_modules", "too long a regular expression, or repeats too often"]),
+        ({"rank_pattern": {"x" * 200_000: 2}}, ["rank_pattern", "too long a regular expression"]),
+        ({"rank_pattern": {"q_proj": 10**9}}, ["rank_pattern", "at most 1048576"]),
+        ({"bias": "lora"}, ["bias='lora'", "Did you mean 'lora_only'?"]),
+        ({"r": 3, "init_lora_weights": "orthogonal"}, ["another than 'orthogonal' with an odd rank ([3])"]),
+        ({"r": 4, "rank_pattern": {"q_proj": 5}, "init_lora_weights": "orthogonal"}, ["with an odd rank ([5])"]),
+        ({"target_parameters": ["up"], "lora_dropout": 0.1}, ["lora_dropout must be left out with target_parameters"]),
+        ({"target_parameters": ["up"], "use_dora": True}, ["use_dora must be left out with target_parameters"]),
+        ({"target_parameters": ["up"], "lora_bias": True}, ["lora_bias must be left out with target_parameters"]),
+        ({"target_parameters": ["up"], "init_lora_weights": "pissa"}, ["True or 'gaussian' with target_parameters"]),
+        ({"target_parameters": ["up"], "init_lora_weights": "olora"}, ["True or 'gaussian' with target_parameters"]),
         ({"task_type": "CAUSAL"}, ["task_type='CAUSAL'", "Did you mean 'CAUSAL_LM'?"]),
         ({"task_type": 5}, ["task_type=5", "SEQ_CLS"]),
     ],
@@ -174,6 +206,25 @@ def test_names_may_come_in_any_collection_and_lose_repeats() -> None:
     assert LoraConfig(target_modules=["q"], layers_to_transform=3, layers_pattern="h").layers_pattern == ("h",)
 
 
+def test_without_target_modules_every_linear_layer_is_meant_or_nothing_beside_parameters() -> None:
+    assert LoraConfig().target_modules == LoraConfig(target_modules=None).target_modules == "all-linear"
+    assert LoraConfig(target_parameters=["experts.up"]).target_modules == ()
+    assert LoraConfig(target_parameters=["experts.up"], target_modules=()).target_modules == ()
+    assert LoraConfig(target_parameters=["experts.up"], target_modules=["q_proj"]).target_modules == ("q_proj",)
+
+
+def test_lists_become_tuples_that_nobody_changes() -> None:
+    tokens, ends = [5, 3], {"embed": [1]}
+    config = LoraConfig(modules_to_save=["a", "b", "a"], target_parameters=["p"], target_modules=["q"], trainable_token_indices=tokens)
+    tokens.append(7)
+    assert (config.modules_to_save, config.target_parameters, config.trainable_token_indices) == (("a", "b"), ("p",), (5, 3))
+    config = LoraConfig(trainable_token_indices=ends)
+    ends["embed"].append(2)
+    assert config.trainable_token_indices == {"embed": (1,)}
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config  # noqa: S301 - our own
+    assert LoraConfig(modules_to_save=None, target_parameters=None) == LoraConfig()
+
+
 @pytest.mark.parametrize(("rslora", "factor"), [(False, 24 / 16), (True, 24 / 4)])
 def test_scaling(rslora, factor: float) -> None:
     assert LoraConfig(use_rslora=rslora).scaling(16, 24) == factor
@@ -196,6 +247,14 @@ configs = st.builds(
     rank_pattern=st.dictionaries(st.sampled_from(["q_proj", r".*\.1\..*"]), st.integers(1, 8)),
     alpha_pattern=st.dictionaries(st.sampled_from(["q_proj", r".*\.1\..*"]), st.integers(9, 32)),
     use_rslora=st.booleans(),
+    use_dora=st.booleans(),
+    lora_bias=st.booleans(),
+    bias=st.sampled_from(["none", "all", "lora_only"]),
+    modules_to_save=st.lists(st.sampled_from(["lm_head", "norm"]), unique=True),
+    trainable_token_indices=st.none()
+    | st.lists(st.integers(0, 9), min_size=1, unique=True)
+    | st.dictionaries(st.sampled_from(["embed_tokens", "wte"]), st.lists(st.integers(0, 9), min_size=1, unique=True), min_size=1),
+    ensure_weight_tying=st.booleans(),
     task_type=st.sampled_from([None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]),
 )
 
@@ -212,6 +271,10 @@ def test_a_config_comes_back_from_the_file_that_it_went_to(config: LoraConfig) -
 @settings(deadline=None, max_examples=50)
 def test_peft_reads_what_we_write_and_we_read_what_peft_writes(config: LoraConfig) -> None:
     content = to_peft(config, ["q_proj", "v_proj"], "some/base", fan_in_fan_out=False)
+    if config.use_dora and config.lora_bias:
+        with pytest.raises(ValueError, match="lora_bias=True is not supported for DoRA"):
+            peft.LoraConfig(**content)
+        return
     theirs = peft.LoraConfig(**content)
     for key, value in content.items():
         read = getattr(theirs, key)
@@ -261,22 +324,9 @@ def test_the_smallest_file_has_pefts_defaults() -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        {"bias": "all"},
-        {"bias": "lora_only"},
-        {"use_dora": True},
-        {"lora_bias": True},
-        {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 2], [1, 3]]},
-        {"target_parameters": ["experts.up"]},
-        {"trainable_token_indices": [3]},
-        {"trainable_token_indices": {"embed_tokens": [3]}},
         {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
         {"use_qalora": True},
-        {"ensure_weight_tying": True},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"},
-        {"init_lora_weights": "corda"},
         {"megatron_config": {"tensor_parallel": 2}},
     ],
     ids=str,
@@ -285,7 +335,7 @@ def test_an_option_of_peft_that_would_change_the_meaning_is_refused(option: dict
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = as_file(peft.LoraConfig(target_modules=["q_proj"], **option))
-    with pytest.raises(ConfigError, match=f"adapter_config.json has ({'|'.join([*option, 'corda_config'])})=.*does not support"):
+    with pytest.raises(ConfigError, match=f"adapter_config.json has ({'|'.join(option)})=.*does not support"):
         from_peft(content)
 
 
@@ -301,8 +351,10 @@ def test_each_unused_option_is_let_pass_unused_and_refused_used(key: str) -> Non
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_an_adapter_that_belongs_to_a_changed_base_is_refused(init: str) -> None:
     """PEFT changes the base's weights with these, on loading too; on the base as it is, A and B would do harm."""
-    with pytest.raises(ConfigError, match=f"init_lora_weights='{init}'"):
+    with pytest.raises(ConfigError) as refusal:
         from_peft({"peft_type": "LORA", "target_modules": ["q_proj"], "init_lora_weights": init})
+    says = (f"init_lora_weights='{init}'", "a base that PEFT changed", "path_initial_model_for_weight_conversion")
+    assert [part for part in says if part not in str(refusal.value)] == []
 
 
 def test_every_field_that_peft_writes_is_accounted_for() -> None:
@@ -327,6 +379,55 @@ def test_every_field_that_peft_writes_is_accounted_for() -> None:
 def test_another_method_is_refused(kind: str | None) -> None:
     with pytest.raises(ConfigError, match=f"peft_type {kind!r}; lora_nb reads 'LORA'"):
         from_peft({"peft_type": kind, "target_modules": ["q_proj"]})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"target_parameters": ["experts.up"]},
+        {"target_parameters": ["experts.up"], "target_modules": None},
+        {"trainable_token_indices": [3]},
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        {"ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_an_option_of_peft_means_the_same_here(option: dict[str, object]) -> None:
+    content = as_file(peft.LoraConfig(**{"target_modules": ["q_proj"]} | option))
+    ours = from_peft(content)
+    for name, value in option.items():
+        assert as_listed(getattr(ours, name)) == as_listed(value), name
+
+
+def as_listed(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: as_listed(v) for key, v in value.items()}
+    return list(value) if isinstance(value, tuple | list) else value or []
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_a_start_from_the_weights_is_written_as_twice_the_rank_at_the_same_scale(init: str, rslora) -> None:
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 7}}
+    config = LoraConfig(r=4, lora_alpha=12, init_lora_weights=init, use_rslora=rslora, **patterns)
+    content = to_peft(config, ["q_proj", "v_proj"], None, fan_in_fan_out=False)
+    assert (content["r"], content["rank_pattern"], content["init_lora_weights"]) == (8, {"q_proj": 6}, True)
+    plain = from_peft(content)
+    assert plain.scaling(plain.r, plain.lora_alpha) == pytest.approx(config.scaling(4, 12))
+    assert plain.scaling(plain.r, plain.alpha_pattern["v_proj"]) == pytest.approx(config.scaling(4, 7))
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_peft_reads_every_start_beside_a_bias_though_it_does_not_have_them(init: str) -> None:
+    with pytest.raises(ValueError, match="only supported with init_lora_weights=True or False"):
+        peft.LoraConfig(lora_bias=True, init_lora_weights=init)
+    content = to_peft(LoraConfig(lora_bias=True, init_lora_weights=init), ["q_proj"], None, fan_in_fan_out=False)
+    assert peft.LoraConfig(**content).lora_bias
 
 
 def test_a_file_without_target_modules_is_refused() -> None:

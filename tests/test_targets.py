@@ -1,6 +1,7 @@
 """Which modules a config means: the same as PEFT, which is asked on the spot, and nothing that matches nothing."""
 
 import copy
+import time
 from collections.abc import Callable
 
 import peft
@@ -76,7 +77,8 @@ CASES = [
     ("bert", {"target_modules": ["attention.output.dense", "query"], "layers_to_transform": [2]}),
     ("bert", {"target_modules": ["dense"], "exclude_modules": ["cls.predictions.transform.dense"], "use_rslora": True}),
     ("classifier", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
-    ("classifier", {"target_modules": "all-linear", "task_type": "TOKEN_CLS", "r": 2}),
+    ("classifier", {"target_modules": ["query", "dense"], "task_type": "TOKEN_CLS", "r": 2}),
+    ("classifier", {"target_modules": ["query", "classifier"], "task_type": None, "r": 2}),
     ("classifier", {"target_modules": "all-linear", "task_type": None, "rank_pattern": {"classifier": 1}}),
     ("experts", {"target_modules": ["up", "gate"], "layers_to_transform": [1], "exclude_modules": r"up"}),
     ("experts", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": "experts"}),
@@ -269,6 +271,85 @@ def test_a_pattern_matches_whole_parts_of_the_path(key: str, matches) -> None:
     assert pattern_value({key: 2}, "model.layers.0.self_attn.v_proj", 8) == (2 if matches else 8)
 
 
+# Path of the only module that is to be found, what is asked, and whether that is it: from the first number on, PEFT's rules at a glance.
+PATHS_AND_NAMES = [
+    ("up", {"target_modules": ["up"]}, True),
+    ("up", {"target_modules": ["down"]}, False),
+    ("up", {"target_modules": ["down", "up"]}, None),  # it is, but `down` means nothing
+    ("up", {"target_modules": "up"}, True),
+    ("up", {"target_modules": "u.*"}, True),
+    ("up", {"target_modules": ".*p"}, True),
+    ("up", {"target_modules": ".*own.*"}, False),
+    ("block.up", {"target_modules": "up"}, False),
+    ("block.up", {"target_modules": ["up"]}, True),
+    ("block.startup", {"target_modules": ["up"]}, False),
+    ("block.up.inner", {"target_modules": ["up"]}, False),
+    ("block.up.inner", {"target_modules": ["up.inner"]}, True),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, True),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": ["part"]}, False),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [2], "layers_pattern": ["part"]}, False),
+    ("net.part.10.up", {"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": ["part"]}, False),
+    ("net.part.10.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, False),
+    ("net.part.10.up", {"target_modules": ["up"], "layers_to_transform": [10], "layers_pattern": ["part"]}, True),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [0, 1, 2], "layers_pattern": ["part"]}, None),
+    ("net.part.1.up", {"target_modules": ["up", "down"], "layers_to_transform": [1], "layers_pattern": ["part"]}, None),
+    ("net.any.1.up", {"target_modules": ["up"], "layers_to_transform": [1]}, True),
+    ("net.any.1.up", {"target_modules": ["up"], "layers_to_transform": [0]}, False),
+    ("net.any.1.up", {"target_modules": ["up"], "layers_to_transform": 1}, True),
+    ("h.1.attn.deep.q", {"target_modules": ["q"]}, True),
+    ("h.1.attn.deep.drop", {"target_modules": ["q"]}, False),
+    ("tower.h.1.attn.deep.q", {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["h"]}, True),
+    ("tower.h.1.attn.deep.q", {"target_modules": ["q"], "layers_to_transform": [0], "layers_pattern": ["h"]}, False),
+    ("net.part.q", {"target_modules": ["q"], "layers_to_transform": [1]}, False),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["net"]}, False),
+    ("net.part.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["up"]}, False),
+    ("part.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, True),
+    ("part.1.up", {"target_modules": ["up"], "layers_to_transform": [1]}, False),
+    ("net.part.001.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, True),
+    ("net.part.1.inner.2.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, True),
+    ("net.part.2.inner.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["part"]}, False),
+    ("net.part.2.inner.1.up", {"target_modules": ["up"], "layers_to_transform": [1], "layers_pattern": ["inner"]}, True),
+    ("net.part.1.up", {"target_modules": ["net.part.1.up"], "layers_to_transform": [5]}, None),  # a whole path asks no number
+    ("net.part.1.up", {"target_modules": ["up"], "exclude_modules": ["part.1.up"]}, False),
+    ("net.part.1.up", {"target_modules": ["up"], "exclude_modules": r".*\.1\..*"}, False),
+    ("net.part.1.up", {"target_modules": ["up"], "exclude_modules": r"net\.part"}, True),
+    ("net.part.1.up", {"target_modules": ["up"], "modules_to_save": ["part"]}, False),
+    ("net.part.1.up", {"target_modules": r".*\.up", "modules_to_save": ["net.part"]}, False),
+]
+
+
+def lone(path: str) -> nn.Module:
+    """A linear layer under that path and nothing else."""
+    module: nn.Module = nn.Linear(8, 12)
+    for name in reversed(path.split(".")):
+        module = nn.ModuleDict({name: module})
+    return module
+
+
+@pytest.mark.parametrize(("path", "fields", "found"), PATHS_AND_NAMES, ids=str)
+def test_whether_a_path_is_meant_is_what_peft_says(path: str, fields: dict[str, object], found: bool | None) -> None:
+    """And where it is not, or where part of what is asked means nothing (None), it is refused here, not passed over."""
+    theirs = bool(check_target_module_exists(peft.LoraConfig(**fields), path))
+    assert theirs == (found is not False)
+    if found:
+        assert list(meant(lone(path), LoraConfig(r=4, lora_alpha=12, **fields))) == [path]
+    else:
+        with pytest.raises(TargetError):
+            meant(lone(path), LoraConfig(r=4, lora_alpha=12, **fields))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern"])
+def test_a_pattern_that_takes_for_ever_is_given_up_within_seconds(field: str) -> None:
+    endless = "(.*?)" * 16 + r"\1l(?<=j)"
+    fields: dict[str, object] = {"target_modules": ["q_proj"], field: {endless: 2} if field == "rank_pattern" else endless}
+    if field == "layers_pattern":
+        fields["layers_to_transform"] = [0]
+    start = time.perf_counter()
+    with pytest.raises(TargetError, match=r"takes longer than 1 s on '.*': write it without nested repeats"):
+        attach(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **fields))
+    assert time.perf_counter() - start < 5
+
+
 # ---- misuse --------------------------------------------------------------------------------------------------------
 
 MISUSE = {
@@ -296,6 +377,7 @@ MISUSE = {
     "a container": ({"target_modules": ["self_attn"]}, ["'model.layers.0.self_attn'", "LlamaAttention", "name the layers inside it"]),
     "a pattern with a container": ({"target_modules": r".*\.mlp.*"}, ["layers.0.mlp'", "LlamaMLP", "exclude_modules"]),
     "a norm": ({"target_modules": ["q_proj", "norm"]}, ["'model.norm'", "LlamaRMSNorm"]),
+    "a misspelt exclusion": ({"exclude_modules": ["k_prj"]}, ["exclude_modules names 'k_prj'", "Did you mean 'k_proj'?"]),
     "excluded altogether": (
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
         ["'q_proj'", "exclude_modules=('q_proj',)", "drop it"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from lora_nb.errors import ConfigError, nearest
 
 T = TypeVar("T")
+LARGEST = 100_000  # steps of a pattern with its repeats written out, as matching does it in memory
 
 
 def checked(cls: type[T]) -> type[T]:
@@ -56,7 +58,15 @@ def compiles(pattern: object, owner: object, name: str) -> None:
     """Raise unless it is a regular expression, as `targets.py` will use it."""
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"{type(owner).__name__}({name}): {pattern!r} must be a module's name or a regular expression for it.")
+    if _steps(pattern) > LARGEST:
+        raise ConfigError(f"{type(owner).__name__}({name}): {pattern[:80]!r} is too long a regular expression, or repeats too often.")
     try:
         re.compile(rf"(?:.*\.)?(?:{pattern})$" if name.endswith("_pattern") else pattern)  # as targets.py will use it
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{type(owner).__name__}({name}): {pattern[:80]!r} is not usable as a regular expression: {error}.") from error
+
+
+def _steps(pattern: str) -> int:
+    """An upper bound of its length with {n} and {m,n} written out; repeats that stand in a row count as if one held the other."""
+    counts = re.findall(r"\d+", "".join(re.findall(r"\{[\d,]+\}", pattern)))
+    return len(pattern) * math.prod(max(1, int(n[:9])) for n in counts)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lora_nb.configs.checks import checked, compiles, is_choice, is_count, is_number, require
 from lora_nb.errors import ConfigError
@@ -15,6 +15,7 @@ from lora_nb.errors import ConfigError
 TASK_TYPES = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "orthogonal", "pissa", "olora")
+MOST_RANK = 1 << 20  # more than the width of any layer: a file may say anything
 
 
 @checked
@@ -72,12 +73,12 @@ class LoraConfig:
     task_type: str | None = "CAUSAL_LM"
 
     def __post_init__(self) -> None:
-        require(is_count(self.r), self, "r", "a whole number of at least 1")
+        require(_is_rank(self.r), self, "r", f"a whole number of at least 1 and at most {MOST_RANK}")
         require(is_number(self.lora_alpha) and self.lora_alpha > 0, self, "lora_alpha", "a number above 0")
         require(is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1, self, "lora_dropout", "in [0, 1)")
         self._check_targets()
         self._check_layers()
-        self._check_pattern("rank_pattern", is_count, "a whole number of at least 1")
+        self._check_pattern("rank_pattern", _is_rank, f"a whole number of at least 1 and at most {MOST_RANK}")
         self._check_pattern("alpha_pattern", lambda v: is_number(v) and v > 0, "a number above 0")
         for name in ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"):
             require(isinstance(getattr(self, name), bool), self, name, "True or False")
@@ -162,3 +163,7 @@ class LoraConfig:
     def scaling(self, r: int, alpha: float) -> float:
         """The factor before BA: α/r, or α/√r with `use_rslora`."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _is_rank(value: object) -> bool:
+    return is_count(value) and cast("int", value) <= MOST_RANK

@@ -106,7 +106,11 @@ class TokenWeights(Part):
         return y + (hit.to(change.dtype) @ change) * getattr(layer, "embed_scale", 1.0)  # type: ignore[no-any-return]
 
     def merge(self, layer: AdaptedLayer, values: dict[str, Tensor]) -> None:
-        values["weight"] = values["weight"].index_copy(0, self.token_indices, self.trainable_tokens_delta)
+        weight = values["weight"]
+        before, own = weight[self.token_indices], layer.weight[self.token_indices].to(weight.dtype)
+        new = self.trainable_tokens_delta.to(weight.dtype)
+        # Where no adapter before this one has changed a row it is the new one to the bit, else their changes add up.
+        values["weight"] = weight.index_copy(0, self.token_indices, torch.where(before == own, new, before + (new - own)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.tied else {".token_adapter.trainable_tokens_delta": self.trainable_tokens_delta}

@@ -1,7 +1,9 @@
 """Hugging Face PEFT reads what lora_nb writes, and lora_nb what PEFT writes; and both then compute the same."""
 
+import copy
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -12,7 +14,7 @@ from torch import nn
 
 import lora_nb as ln
 from lora_nb.attach import adapters
-from lora_nb.errors import AdapterFileError
+from lora_nb.errors import AdapterError, AdapterFileError
 from tests.interop.conftest import Case, gap, lora_parameters, train
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -158,25 +160,135 @@ def test_16_bits(llama: Case, tmp_path: Path) -> None:
     assert gap(theirs.float(), ours.to(torch.bfloat16).float()) <= 1e-5
 
 
+# Beside those of `conftest.py`: a base, and settings in the names that both share.
+OPTIONS: dict[str, tuple[str, dict]] = {
+    "dora": ("llama", {"use_dora": True, "target_modules": "all-linear"}),
+    "dora-patterns": ("llama", {"use_dora": True, "use_rslora": True, "lora_dropout": 0.1, "rank_pattern": {"q_proj": 2}}),
+    "gpt2-dora": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "wte"]}),
+    "dora-falcon": ("falcon", {"use_dora": True, "target_modules": ["query_key_value", "word_embeddings"], "bias": "lora_only"}),
+    "dora-embedding": ("tied", {"use_dora": True, "target_modules": ["embed_tokens", "k_proj"]}),
+    "lora_bias": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "down_proj"]}),
+    "gpt2-lora_bias": ("gpt2", {"lora_bias": True, "target_modules": "all-linear", "use_rslora": True}),
+    "gpt2-bias-all": ("gpt2", {"bias": "all", "target_modules": ["c_attn"]}),
+    "gpt2-bias-lora_only": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn", "mlp.c_proj"]}),
+    "modules_to_save": ("llama", {"modules_to_save": ["lm_head", "norm"]}),
+    "modules_to_save-block": ("llama", {"modules_to_save": ["layers.1.mlp"], "target_modules": "all-linear"}),
+    "tied-together": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tokens": ("llama", {"trainable_token_indices": [3, 11, 40]}),
+    "tokens-tied": ("tied", {"trainable_token_indices": [3, 11, 40]}),
+    "gpt2-tokens": ("gpt2", {"trainable_token_indices": {"wte": [5, 9]}, "target_modules": ["c_attn"]}),
+    "gpt2-several": (
+        "gpt2",
+        {"use_dora": True, "bias": "all", "modules_to_save": ["ln_f"], "trainable_token_indices": {"wte": [7]}, "target_modules": ["c_fc"]},
+    ),
+    "parameters": ("llama", {"target_parameters": ["q_proj.weight", "mlp.up_proj.weight"], "target_modules": ["v_proj"]}),
+    "parameters-alone": ("llama", {"target_parameters": ["down_proj.weight"], "target_modules": None, "rank_pattern": {".*1.*": 2}}),
+}
+# PEFT's own words: of tied weights, of biases that it cannot merge or takes for damaged, of what it saves beside.
+SAID = (
+    "Model has `tie_word_embeddings=True`",
+    "`lora_bias=True` was passed",
+    "Adapter 'default': .* LoRA tensor.s. have invalid shape: .*lora_B.bias",
+    "The following rank_pattern keys did not match any targeted module",  # though it heeds them, for a parameter
+    *OF_SAVING,
+)
+# Where a weight is tied, PEFT merges what belongs to one of the two layers into both; a bias that has no place is merged by neither.
+PEFT_MERGES_INTO_BOTH = ("gpt2-dora", "dora-falcon", "dora-embedding")
+NOBODY_MERGES = ("lora_bias",)
+
+
+@pytest.fixture(params=OPTIONS)
+def option(request: pytest.FixtureRequest, originals: dict[str, nn.Module]) -> Case:
+    base, settings = OPTIONS[request.param]
+    settings = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj"]} | settings
+    return Case(request.param, settings, originals[base])
+
+
+@pytest.fixture
+def quiet_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for words in SAID:
+            warnings.filterwarnings("ignore", words)
+        yield
+
+
+@torch.no_grad()
+def trained(model: nn.Module) -> nn.Module:
+    """As if it were: all that trains is moved, a magnitude or a whole module by some of its own size."""
+    for p in {id(p): p for p in model.parameters() if p.requires_grad}.values():
+        size = p.std() if p.numel() > 1 and p.std() > 0 else (1 / max(p.shape)) ** 0.5
+        p.add_(torch.randn_like(p) * size * 0.5)
+    return model
+
+
+@pytest.mark.usefixtures("quiet_peft")
+def test_peft_reads_every_option_of_ours(option: Case, tmp_path: Path) -> None:
+    ours = option.base()
+    report = ln.attach(ours, option.lora_nb())
+    assert gap(ours, option.original) <= 1e-5
+    ln.save(trained(ours), tmp_path)
+    assert gap(ours, option.original) > 1e-2
+    theirs = peft.PeftModel.from_pretrained(option.base(), tmp_path, is_trainable=True)
+    assert gap(theirs, ours) <= 1e-5
+    assert sum(p.numel() for p in {id(p): p for p in theirs.parameters() if p.requires_grad}.values()) == report.trainable
+    expected = copy.deepcopy(ours)
+    if option.name in NOBODY_MERGES:
+        with pytest.raises(AdapterError, match="no bias that could take the adapter's"):
+            ln.merge(ours)
+        with pytest.raises(RuntimeError, match="the base layer has no bias"):
+            theirs.merge_and_unload()
+        return
+    ln.merge(ours)
+    assert gap(ours, expected) <= 1e-4
+    if option.name not in PEFT_MERGES_INTO_BOTH:
+        assert gap(theirs.merge_and_unload(), expected) <= 1e-4
+
+
+@pytest.mark.usefixtures("quiet_peft")
+def test_we_read_every_option_of_pefts(option: Case, tmp_path: Path) -> None:
+    theirs, ours = trained(peft.get_peft_model(option.base(), option.peft())), option.base()
+    theirs.save_pretrained(tmp_path)
+    report = ln.load_adapter(ours, tmp_path)
+    assert gap(theirs, option.original) > 1e-2
+    assert gap(theirs, ours) <= 1e-5
+    assert report.trainable == sum(p.numel() for p in {id(p): p for p in theirs.parameters() if p.requires_grad}.values())
+    ln.save(ours, tmp_path / "ours")
+    assert gap(theirs, peft.PeftModel.from_pretrained(option.base(), tmp_path / "ours")) <= 1e-5
+    assert not ln.inspect(tmp_path / "ours").warnings
+
+
+# What only one of the two has: a start that PEFT cannot combine with a bias is no obstacle, as it is over when a file is written.
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora"])
+def test_peft_reads_a_bias_beside_every_start(llama: Case, tmp_path: Path, init: str) -> None:
+    ours = llama.base()
+    ln.attach(ours, ln.LoraConfig(**llama.settings, lora_bias=True, init_lora_weights=init))
+    ln.save(trained(ours), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+        assert gap(peft.PeftModel.from_pretrained(llama.base(), tmp_path), ours) <= 1e-5
+
+
+def test_a_bias_beside_dora_is_refused_by_peft(llama: Case, tmp_path: Path) -> None:
+    """The one thing that lora_nb computes and PEFT does not read; it says so itself."""
+    ours = llama.base()
+    ln.attach(ours, ln.LoraConfig(**llama.settings, lora_bias=True, use_dora=True))
+    ln.save(trained(ours), tmp_path)
+    with pytest.raises(ValueError, match="lora_bias=True is not supported for DoRA"):
+        peft.PeftModel.from_pretrained(llama.base(), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'.*path_initial_model_for_weight_conversion"),
         ({"layer_replication": [(0, 2), (1, 3)]}, "layer_replication"),
     ],
     ids=str,
 )
 def test_options_that_we_lack_are_refused(llama: Case, tmp_path: Path, options: dict, word: str) -> None:
     """Read without them, the adapter would compute something else."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peft.get_peft_model(llama.base(), llama.peft(**options)).save_pretrained(tmp_path)
+    peft.get_peft_model(llama.base(), llama.peft(**options)).save_pretrained(tmp_path)
     model = llama.base()
     with pytest.raises(AdapterFileError, match=word):
         ln.load_adapter(model, tmp_path, strict=False)
@@ -184,6 +296,23 @@ def test_options_that_we_lack_are_refused(llama: Case, tmp_path: Path, options: 
     assert not hasattr(model, "lora_nb_adapters")
     with pytest.raises(AdapterFileError, match=word):
         ln.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_the_refusal_advises_makes_it_readable(llama: Case, tmp_path: Path, init: str) -> None:
+    """PEFT converts it to plain LoRA, from the start that was saved beforehand."""
+    theirs = peft.get_peft_model(llama.base(), llama.peft(init_lora_weights=init))
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    trained(theirs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* changes the base weights of the model")
+        theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = llama.base()
+    ln.load_adapter(ours, tmp_path / "plain")
+    assert gap(theirs, ours) <= 1e-5
+    assert gap(ours, llama.original) > 1e-2
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "gaussian", False])

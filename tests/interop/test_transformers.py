@@ -3,7 +3,9 @@
 import warnings
 from pathlib import Path
 
+import peft
 import pytest
+import torch
 
 import lora_nb as ln
 from lora_nb.attach import adapters
@@ -40,6 +42,35 @@ def test_we_load_transformers(case: Case, tmp_path: Path) -> None:
     assert gap(theirs, ours) <= 1e-5
     assert gap(ours, case.original) > 1e-2
     assert report.trainable == sum(p.numel() for p in lora_parameters(theirs))
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_transformers_loads_our_options(llama: Case, tmp_path: Path, settings: dict) -> None:
+    ours, theirs = llama.base(), llama.base()
+    ln.attach(ours, ln.LoraConfig(**llama.settings | settings))
+    with torch.no_grad():
+        for p in ln.parameters(ours).values():
+            p.add_(torch.randn_like(p) * 0.1)
+    info = theirs.load_adapter(ln.save(ours, tmp_path))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert gap(theirs, ours) <= 1e-5
+    assert gap(ours, llama.original) > 1e-2
+
+
+@pytest.mark.parametrize("writer", ["lora_nb", "PEFT"])
+def test_transformers_leaves_doras_magnitudes_out_whoever_wrote_them(llama: Case, tmp_path: Path, writer: str) -> None:
+    """It looks for another key than PEFT writes, so an adapter with DoRA has to be read with PEFT (or here)."""
+    if writer == "PEFT":
+        peft.get_peft_model(llama.base(), llama.peft(use_dora=True)).save_pretrained(tmp_path)
+    else:
+        model = llama.base()
+        ln.attach(model, ln.LoraConfig(**llama.settings, use_dora=True))
+        ln.save(model, tmp_path)
+    info = llama.base().load_adapter(tmp_path)
+    assert len(info.missing_keys) == 6
+    assert all("lora_magnitude_vector" in key for key in info.missing_keys)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

@@ -14,6 +14,9 @@ from lora_nb.configs import LoraConfig
 from lora_nb.layers.adapted import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from lora_nb.layers.adapted import adapted as stand_in
 from lora_nb.layers.lora import LoraWeights, is_conv1d, matrix, weights_class
+from tests.layers.pairs import an_input as picture
+from tests.layers.pairs import assert_near, assert_same, on, pair
+from tests.layers.pairs import made as convolution
 from tests.models import peft_layers, peft_parameters, under_peft
 
 IN, OUT, VOCABULARY = 12, 20, 30
@@ -44,7 +47,7 @@ def an_input(base: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
 def adapted(base: nn.Module, r: int = 4, scaling: float = 3.0, *, dropout: float = 0.0, trained: bool = False) -> AdaptedLayer:
     """`base` with one active adapter, `default`; `trained` gives it random weights."""
     layer = stand_in(base)
-    new = add(layer, "default", r, scaling, dropout)
+    new = add(layer, "default", r, scaling, dropout=dropout)
     layer.active = ("default",)
     if trained:
         nn.init.normal_(new.lora_A)
@@ -52,7 +55,7 @@ def adapted(base: nn.Module, r: int = 4, scaling: float = 3.0, *, dropout: float
     return layer
 
 
-def add(layer: AdaptedLayer, name: str, r: int, scaling: float, dropout: float = 0.0, init: bool | str = True) -> LoraWeights:
+def add(layer: AdaptedLayer, name: str, r: int, scaling: float, *, dropout: float = 0.0, init: bool | str = True) -> LoraWeights:
     return layer.add(name, weights_class(layer)(layer.base, r, scaling, dropout=dropout), init)
 
 
@@ -267,12 +270,6 @@ def both(kind: str, config: LoraConfig, dtype: torch.dtype = torch.float32) -> t
     return out[0], out[1]
 
 
-def assert_near(ours: Tensor, theirs: Tensor) -> None:
-    """To 1e-5 of the largest entry: these are sums of sixty terms, of which some nearly cancel."""
-    assert theirs.abs().max() > 1
-    torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5)
-
-
 @each_base
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -282,6 +279,7 @@ def test_output_and_gradients_are_pefts(kind: str, rslora, dropout: float) -> No
     ours, theirs = both(kind, config)
     assert theirs.layer.scaling["default"] == weights(ours.layer).scaling == (6 if rslora else 3)
     for name in "yab" if "embedding" in kind else "yabx":
+        assert getattr(theirs, name).abs().max() > 1
         assert_near(getattr(ours, name), getattr(theirs, name))
     assert (ours.y - ours.layer.base(ours.inputs)).abs().max() > 1
 
@@ -294,7 +292,8 @@ def test_on_a_bfloat16_base_adapters_are_fp32_and_gradients_pefts(kind: str) -> 
     assert ours.y.dtype == theirs.y.dtype == torch.bfloat16
     # Outputs lie on a coarse grid: as near to the exact sum as PEFT's, which rounds once where we round the update too.
     exact = (
-        ours.layer.base(ours.inputs).double() + weights(ours.layer).update(ours.layer, ours.inputs.float() if kind != "embedding" else ours.inputs).double()
+        ours.layer.base(ours.inputs).double()
+        + weights(ours.layer).update(ours.layer, ours.inputs.float() if kind != "embedding" else ours.inputs).double()
     )
     errors = [(y.double() - exact).abs().mean() / exact.abs().mean() for y in (ours.y, theirs.y)]
     assert errors[0] < 2**-8
@@ -319,6 +318,135 @@ def test_the_padding_token_learns_nothing() -> None:
     assert learnt.nonzero().flatten().tolist() == [4]
 
 
+# ---- a bias of B's, and the base's own -----------------------------------------------------------------------------
+
+LINEAR = ["linear", "linear without bias", "Conv1D"]
+CONVOLUTIONS = ["conv1d", "conv2d", "conv2d without bias", "conv3d"]
+
+
+@pytest.mark.parametrize("kind", LINEAR + CONVOLUTIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
+def test_with_a_bias_of_b_output_and_gradients_are_pefts(kind: str, dropout: float) -> None:
+    assert_same(pair(kind, lora_bias=True, lora_dropout=dropout))
+
+
+@torch.no_grad()
+def test_a_bias_of_b_is_scaled_and_starts_at_zero() -> None:
+    layer = on(made("linear"), lora_bias=True)
+    part, x = layer.adapters["default"], torch.randn(4, IN)
+    assert torch.equal(layer(x), layer.base(x))
+    part.lora_bias[13] = 2.0
+    expected = torch.zeros(4, OUT)
+    expected[:, 13] = 3.0 * 2
+    torch.testing.assert_close(layer(x) - layer.base(x), expected)
+    values = {"weight": layer.weight, "bias": layer.bias}
+    part.merge(layer, values)
+    torch.testing.assert_close(values["bias"] - layer.bias, expected[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_bias_that_trains_stands_in_for_the_bases(kind: str, dropout: float) -> None:
+    """`bias="lora_only"`: PEFT trains the base's own; here it is a copy, and the base stays as it was."""
+    p = pair(kind, bias="lora_only", lora_dropout=dropout)
+    assert p.theirs.base_layer.bias.requires_grad
+    assert_same(p)
+    assert torch.equal(p.ours.bias, p.base.bias)
+    assert not torch.equal(p.ours.value("bias"), p.base.bias)
+
+
+# ---- convolutions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_convolution_starts_as_it_was_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    base = convolution(kind, dtype)
+    x = picture(base, dtype)
+    expected = base(x)
+    assert torch.equal(on(base)(x), expected)
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_convolutions_output_and_gradients_are_pefts(kind: str, dropout: float) -> None:
+    """With stride and padding."""
+    assert_same(pair(kind, lora_dropout=dropout, use_rslora=True))
+
+
+@torch.no_grad()
+def test_a_kernel_of_one_pixel_by_hand() -> None:
+    """A sees the pixel to the left of channel 2, B writes it to channel 5."""
+    layer = on(nn.Conv2d(3, 7, 3, padding=1), r=2, lora_alpha=3)
+    part, x = layer.adapters["default"], torch.randn(1, 3, 6, 6)
+    part.lora_A.zero_()[1, 2, 1, 0] = 2.0
+    part.lora_B.zero_()[5, 1] = 1.0
+    expected = torch.zeros(1, 7, 6, 6)
+    expected[:, 5, :, 1:] = 1.5 * 2 * x[:, 2, :, :-1]
+    torch.testing.assert_close(layer(x) - layer.base(x), expected)
+
+
+# What PEFT's A has none of: PEFT slides it over another picture than the base sees.
+UNLIKE = {
+    "dilation": lambda: nn.Conv2d(IN, OUT, 3, padding="same", dilation=2),
+    "circular": lambda: nn.Conv2d(IN, OUT, 3, padding=1, padding_mode="circular"),
+    "reflect": lambda: nn.Conv1d(IN, OUT, 5, padding=2, padding_mode="reflect"),
+    "replicate": lambda: nn.Conv3d(IN, OUT, 3, padding=(1, 0, 1), padding_mode="replicate"),
+    "circular, same": lambda: nn.Conv1d(IN, OUT, 4, padding="same", padding_mode="circular"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@torch.no_grad()
+def test_the_update_reads_what_the_weight_reads_as_it_does_when_peft_has_merged_it(kind: str, dora) -> None:
+    p = pair(UNLIKE[kind](), use_dora=dora)
+    x = picture(p.base)
+    unmerged = p.theirs(x)
+    p.theirs.merge()
+    assert_near(p.ours(x), p.theirs(x))
+    assert (p.ours(x) - unmerged).abs().max() > 0.1  # before merging, PEFT computes something else
+
+
+@torch.no_grad()
+def test_with_dilation_and_numbers_for_padding_peft_fails() -> None:
+    p = pair(nn.Conv2d(IN, OUT, 3, padding=2, dilation=2))
+    x = picture(p.base)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        p.theirs(x)
+    p.theirs.merge()
+    assert_near(p.ours(x), p.theirs(x))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+def test_in_groups_it_is_pefts_and_neither_can_be_merged(groups: int) -> None:
+    """A reads all channels, where each group of the weight reads its own."""
+    p = pair(nn.Conv2d(IN, OUT, 3, groups=groups, stride=2), lora_bias=True)
+    assert p.part.lora_A.shape == (4, IN, 3, 3)
+    assert p.part.lora_B.shape == (OUT, 4 // groups, 1, 1)
+    assert_same(p)
+    with pytest.raises(NotImplementedError):
+        p.theirs.merge()
+    with pytest.raises(TypeError, match=f"each of the {groups} groups reads its own channels"):
+        p.part.merge(p.ours, {"weight": p.ours.weight, "bias": p.ours.bias})
+
+
+@pytest.mark.parametrize("kind", [*LINEAR, "embedding", "scaled embedding", *CONVOLUTIONS])
+@torch.no_grad()
+def test_merged_weights_are_pefts_and_give_the_same_output(kind: str) -> None:
+    p = pair(kind)
+    x = an_input(p.base) if "conv" not in kind else picture(p.base)
+    values = {n: v.detach() for n, v in p.base.named_parameters()}
+    p.part.merge(p.ours, values)
+    assert values["weight"].shape == p.base.weight.shape
+    assert_near(torch.func.functional_call(p.base, values, (x,)), p.ours(x))
+    p.theirs.merge()
+    assert_near(values["weight"], p.theirs.base_layer.weight)
+
+
 # ---- standing in for the base --------------------------------------------------------------------------------------
 
 
@@ -336,7 +464,9 @@ def test_which_class_adapts_which_layer(kind: str, ours: type[AdaptedLayer], sta
     assert is_conv1d(base) is (kind == "conv1d")
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(4), nn.ConvTranspose1d(4, 4, 1), nn.Bilinear(2, 3, 4), nn.ModuleList(), nn.EmbeddingBag(4, 4)])
+@pytest.mark.parametrize(
+    "module", [nn.LayerNorm(4), nn.ConvTranspose1d(4, 4, 1), nn.Bilinear(2, 3, 4), nn.ModuleList(), nn.EmbeddingBag(4, 4)]
+)
 def test_no_class_adapts_other_layers(module: nn.Module) -> None:
     assert weights_class(module) is None
 
