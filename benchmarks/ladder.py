@@ -16,43 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from alone import rise
+from peers import Missing, llama
 from torch import Tensor, nn
 
 import lora_nb as ln
 from lora_nb.blocks import IGNORE
 
 R, ALPHA, PAIRS = 8, 20.0, 32
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "5.8M": {"hidden_size": 256, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 6144},
-    "27M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 4096},
-    "27M, 32k": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32000},
-    "124M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50257},
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "quick": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 6144},
-}
-
-
-def llama(shape: str, device: str = "cpu") -> nn.Module:
-    """A random Llama with tied embeddings; fp32 on a CPU, bf16 on a GPU. The embedded base itself for 5.8M."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if shape == "5.8M":
-        return ln.load("tiny", device=device)[0]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=2048))
-    return model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
-
-
-class Missing(Exception):  # noqa: N818 - not a failure
-    """What a rung needs is not here."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +127,10 @@ def by_lora_nb(start: Start, quantize: str | None = None, **settings: Any) -> Ru
         raise Missing(f"missing: {error}") from error
     blocks = start.data.encode(start.tokenizer, start.room)
     tokens = sum(len(b.input_ids) for b in blocks) / len(packed_rows(blocks, start.room)) * start.rows
-    return (step.loss for step in ln.steps(start.model, start.tokenizer, start.data, config)), tokens
+    turns = ln.steps(start.model, start.tokenizer, start.data, config)
+    if not 0.75 * tokens < next(turns).tokens < 1.25 * tokens:
+        raise Missing("missing: packing in the loop")
+    return (step.loss for step in turns), tokens
 
 
 def has_own_backward(model: nn.Module) -> bool:

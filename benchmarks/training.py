@@ -15,30 +15,22 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # bars cost time, and on both sides
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import copy
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ladder
 import peft
 import torch
 from alone import alone, rise
-from ladder import llama
 from measure import RESULTS, Times, interleaved, machine
-from torch import Tensor, nn
+from peers import Missing, adapted, floor_steps, llama, next_token, our_epoch, our_steps, peft_steps, sharing, trainer_epoch
 
 import lora_nb as ln
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
-LORA = {"r": 8, "lora_alpha": 20.0, "target_modules": "all-linear"}
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -71,67 +63,6 @@ class Setting:
         return "quick" if self.quick else name
 
 
-# What is compared
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """Another model of the same weights, not copied: neither peer's are nearer to the processor."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def adapted(base: nn.Module, ids: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Ours and PEFT's around the same weights and adapter, shown to give the same logits."""
-    ours = sharing(base)
-    ln.attach(ours, ln.LoraConfig(**LORA))
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        for name, p in ln.parameters(ours).items():
-            if name.endswith("lora_B"):
-                p.normal_(std=0.01)
-        ln.save(ours, folder)
-        theirs = peft.PeftModel.from_pretrained(sharing(base), folder, is_trainable=True)
-        mine, other, plain = (m(input_ids=ids[:1], use_cache=False).logits.float() for m in (ours, theirs, base))
-    rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
-    if (mine - other).abs().max() > rounding * other.abs().max() or torch.equal(mine, plain):
-        raise SystemExit("Ours and PEFT's do not compute the same: nothing is measured.")
-    return ours, theirs
-
-
-def our_steps(model: nn.Module, ids: Tensor) -> Step:
-    """The public loop over rows like `ids`, (batch, seq)."""
-    rows = ln.dataset([ln.datasets.Block(row, row) for row in ids.tolist()])
-    settings = {"batch_size": len(ids), "seq_len": ids.shape[1], "learning_rate": 1e-5, "max_grad_norm": None}
-    turns = ln.steps(model, ln.load("tiny", device="cpu")[1], rows, ln.TrainConfig(max_steps=10**6, **settings))
-    return partial(next, turns)
-
-
-def peft_steps(model: nn.Module, ids: Tensor) -> Step:
-    """The usual loop around transformers' own loss, with the same optimizer. In 16 bits under autocast, which is PEFT's faster way."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
-    ids = ids.to(model.device)
-    model.train()
-
-    def step() -> None:
-        with nullcontext() if model.dtype == torch.float32 else torch.autocast(ids.device.type, model.dtype):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        float(loss.detach())
-
-    return step
-
-
-def floor_steps(model: nn.Module, ids: Tensor) -> Step:
-    """The frozen model, forward and backward to the embeddings: what no adapter's training in plain PyTorch can be faster than."""
-    ids, model = ids.to(model.device), model.requires_grad_(requires_grad=False).train()
-
-    def step() -> None:
-        embedded = model.get_input_embeddings()(ids).requires_grad_()
-        model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
-
-    return step
-
-
 # The sections of the table
 
 
@@ -161,48 +92,23 @@ def tone(setting: Setting) -> list[Row]:
     rows = []
     for pairs, target in ((32, "≥ 1.8"), (8, "≥ 1.55")):
         base, tokenizer = ln.load("tiny", device="cpu")
-        data = ln.dataset("tone")[: (4 if setting.quick else 12) * pairs]
+        data = ln.dataset("tone")[: (6 if setting.quick else 12) * pairs]
         blocks = data.encode(tokenizer, 256)
         tokens = sum(len(b.input_ids) for b in blocks)
+        title = f"tokens a second on tone, {pairs} pairs a step / Trainer"
         for threads in setting.threads:
             torch.set_num_threads(threads)
             ours, theirs = adapted(base, torch.tensor([blocks[0].input_ids]))
-            epoch, steps, how = our_epoch(ours, tokenizer, data, pairs, tokens / len(blocks))
+            try:
+                epoch, how = our_epoch(ours, tokenizer, data, pairs, tokens / len(blocks))
+            except Missing as gone:
+                rows.append(Row(title, threads, None, target, str(gone)))
+                continue
             variants = {"lora_nb": epoch, "PEFT": trainer_epoch(theirs, tokenizer, blocks, pairs)}
             times = interleaved(variants, rounds=setting.rounds(5), warm_up=1)
             speed = f"{tokens / times.median('lora_nb'):,.0f} and {tokens / times.median('PEFT'):,.0f} tokens/s"
-            note = f"{how}, {len(blocks) / steps:.1f} pairs a step; {speed}"
-            rows.append(
-                Row(f"tokens a second on tone, {pairs} pairs a step / Trainer", threads, times.ratio("PEFT", "lora_nb"), target, note)
-            )
+            rows.append(Row(title, threads, times.ratio("PEFT", "lora_nb"), target, f"{how}; {speed}"))
     return rows
-
-
-def our_epoch(model: nn.Module, tokenizer: Any, data: ln.Dataset, pairs: int, length: float) -> tuple[Step, int, str]:
-    """One epoch of `ln.train` with about `pairs` pairs a step, its steps, and how: packed, where the loop can pack."""
-    rows = max(1, pairs // 8)
-    room = 8 * round(pairs * length / rows / 8)
-    settings: dict[str, Any] = {"num_train_epochs": 1, "learning_rate": 1e-5}
-    try:
-        config, how = ln.TrainConfig(batch_size=rows, seq_len=room, packing=True, **settings), f"packed, {rows} rows of {room}"
-    except ln.errors.ConfigError:
-        config, how = ln.TrainConfig(batch_size=pairs, **settings), "padded"
-    return partial(ln.train, model, tokenizer, data, config), ln.train(model, tokenizer, data, config).steps, how
-
-
-def trainer_epoch(model: nn.Module, tokenizer: Any, blocks: list[Any], pairs: int) -> Step:
-    """transformers' Trainer at its defaults but for the batch size; all pairs of a step in one forward, which is to its favour."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-    rows = [{"input_ids": b.input_ids, "attention_mask": [1] * len(b.input_ids), "labels": b.labels} for b in blocks]
-
-    def epoch() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
-            args = TrainingArguments(folder, num_train_epochs=1, per_device_train_batch_size=pairs, use_cpu=True, **quiet)
-            Trainer(model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
-
-    return epoch
 
 
 def memory(setting: Setting) -> list[Row]:
@@ -238,16 +144,6 @@ def decode(setting: Setting) -> list[Row]:
             note = f"PEFT {times.ratio('PEFT', 'base'):.3f}"
             rows.append(compared(f"one decoded token, {shape}, unmerged r=8 / base", times, "base", threads, target, more=note))
     return rows
-
-
-def next_token(model: nn.Module, ids: Tensor) -> Step:
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-
-    def step() -> None:
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(ids.shape[1])
-
-    return step
 
 
 def cuda(setting: Setting) -> list[Row]:

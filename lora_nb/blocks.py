@@ -1,12 +1,14 @@
 """From text to token blocks with their label masks, and from blocks to batches.
 
 A pair is written as `prompt => completion` and ends with the end-of-text token; only the completion and that token are
-learnt. Text is one long stream, documents divided by the end-of-text token, cut into blocks of `seq_len`.
+learnt. Text is one long stream, documents divided by the end-of-text token, cut into blocks of `seq_len`. Blocks that are
+shorter can be packed: several in one row, none of which sees another.
 """
 
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,10 +23,23 @@ IGNORE = -100  # a label that the loss leaves out, as everywhere in PyTorch
 
 
 class Block(NamedTuple):
-    """Tokens of one row and, for each, itself as a label or `IGNORE`; label t is predicted from the tokens before t."""
+    """Tokens of one row and, for each, itself as a label or `IGNORE`; label t is predicted from the tokens before t.
+
+    In a packed row `positions` starts from 0 with each of its documents; a row of one document has none.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    positions: Sequence[int] = ()
+
+
+class Batch(NamedTuple):
+    """Rows of one forward: ids and labels (batch, longest), positions likewise where a row is packed, and the rows' numbers."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor | None = None
+    rows: tuple[int, ...] = ()
 
 
 def prompt_of(text: str) -> str:
@@ -98,18 +113,65 @@ def encode_text(name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerB
     return [Block([*start, *row], [*[IGNORE] * len(start), *row]) for row in rows]
 
 
-def batches(blocks: Sequence[Block], batch_size: int, pad_id: int, order: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows in the given order, padded on the right to the longest of their batch: (batch, longest) ids and labels.
+def pack(blocks: Sequence[Block], seq_len: int) -> list[Block]:
+    """Whole blocks gathered into rows of at most `seq_len` tokens: the longest first, each where it leaves the least room.
 
-    Padding needs no attention mask here: a causal model never looks to the right, and padded labels are ignored.
+    (Best fit decreasing; Johnson, 1973.) What was the first token of a block is predicted by nothing, as it was alone.
     """
+    rows: list[list[Block]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, row), in order
+    for block in sorted(blocks, key=lambda b: -len(b.input_ids)):
+        need = len(block.input_ids)
+        at = bisect_left(rooms, (need, -1))
+        room, row = rooms.pop(at) if at < len(rooms) else (seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(block)
+        insort(rooms, (room - need, row))
+    return [row[0] if len(row) == 1 else _joined(row) for row in rows]
+
+
+def _joined(row: Sequence[Block]) -> Block:
+    return Block(
+        [token for b in row for token in b.input_ids],
+        [label for b in row for label in (IGNORE, *b.labels[1:])],
+        [place for b in row for place in range(len(b.input_ids))],
+    )
+
+
+def documents(positions: torch.Tensor) -> torch.Tensor:
+    """Which tokens each token of packed rows may see: those of its own document up to itself.
+
+    Args:
+        positions: (batch, seq), 0 where a document starts.
+
+    Returns:
+        (batch, 1, seq, seq), True where the query (third) sees the key (fourth), as PyTorch's attention takes it.
+    """
+    document = (positions == 0).cumsum(-1)
+    return (document[:, None, :, None] == document[:, None, None, :]).tril()
+
+
+def collate(rows: Sequence[Block], pad_id: int) -> Batch:
+    """Rows padded on the right to the longest of them.
+
+    Padding needs no attention mask: a causal model never looks to the right, and padded labels are ignored.
+    """
+    longest = max(len(r.input_ids) for r in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORE)
+    positions = torch.zeros(len(rows), longest, dtype=torch.long) if any(r.positions for r in rows) else None
+    for k, row in enumerate(rows):
+        ids[k, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        labels[k, : len(row.labels)] = torch.tensor(row.labels)
+        if positions is not None:
+            positions[k, : len(row.input_ids)] = torch.tensor(row.positions or range(len(row.input_ids)))
+    return Batch(ids, labels, positions)
+
+
+def batches(blocks: Sequence[Block], batch_size: int, pad_id: int, order: Iterable[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows in the given order, `batch_size` at a time: ids and labels, both (batch, longest)."""
     chosen = list(order)
     for i in range(0, len(chosen), batch_size):
-        rows = [blocks[j] for j in chosen[i : i + batch_size]]
-        longest = max(len(r.input_ids) for r in rows)
-        ids = torch.full((len(rows), longest), pad_id)
-        labels = torch.full((len(rows), longest), IGNORE)
-        for k, row in enumerate(rows):
-            ids[k, : len(row.input_ids)] = torch.tensor(row.input_ids)
-            labels[k, : len(row.labels)] = torch.tensor(row.labels)
-        yield ids, labels
+        batch = collate([blocks[j] for j in chosen[i : i + batch_size]], pad_id)
+        yield batch.input_ids, batch.labels

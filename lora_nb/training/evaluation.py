@@ -13,7 +13,7 @@ from lora_nb.blocks import IGNORE, Block, batches
 from lora_nb.datasets import Dataset
 from lora_nb.errors import DatasetError
 from lora_nb.render import html_table, text_table
-from lora_nb.training.loss import token_losses
+from lora_nb.training.loss import predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,8 @@ def evaluate_blocks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, blocks
     try:
         rows = batches(blocks, batch_size, int(tokenizer.pad_token_id or 0), order)
         for ids, labels in tqdm(rows, total=math.ceil(len(blocks) / batch_size), desc="evaluating", delay=2, leave=False):
-            losses, logits, goals = token_losses(model, ids.to(device), labels.to(device))
-            hits = logits.argmax(-1) == goals
+            losses, guesses, goals = predictions(model, ids.to(device), labels)
+            hits = guesses == goals
             row = (labels[:, 1:] != IGNORE).nonzero()[:, 0].to(device)
             wrong = torch.zeros(len(ids), device=device).index_add_(0, row, (~hits).float())
             nats += float(losses.double().sum())

@@ -25,7 +25,7 @@ from lora_nb.datasets import Dataset
 from lora_nb.errors import TrainingError
 from lora_nb.render import format_bytes, html_table, svg_curve, text_table
 from lora_nb.training.evaluation import evaluate_blocks
-from lora_nb.training.loss import token_losses
+from lora_nb.training.loss import loss_sum
 from lora_nb.training.optim import learning_rate, make_optimizer, trainable
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ def _accumulate(model: nn.Module, micro: Sequence[tuple[torch.Tensor, torch.Tens
     count = max(1, sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in micro))
     total = 0.0
     for ids, labels in micro:
-        losses, _, _ = token_losses(model, ids.to(device), labels.to(device))
-        loss = losses.sum() / count
+        loss = loss_sum(model, ids.to(device), labels) / count
         total += float(loss.detach())
         if math.isfinite(total) and loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,31 @@
+"""The benchmarks run from end to end at a tiny size, and say what they found in the shape that others read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SECTIONS = {"step-27M": 2, "step-5.8M": 2, "tone": 2, "memory": 1, "decode": 2, "cuda": 2, "ladder": 8}  # lines of each, at one thread
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_training(tmp_path: Path) -> None:
+    words = [sys.executable, str(BENCHMARKS / "training.py"), "--quick", "--threads", "1", "--out", str(tmp_path / "training.json")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sections = json.loads((tmp_path / "training.json").read_text())["sections"]
+    devices = 2 if any("cuda:" in row["measure"] for row in sections["ladder"]["rows"]) else 1
+    assert {name: len(s["rows"]) for name, s in sections.items()} == SECTIONS | {"ladder": 8 * devices}
+    for section in sections.values():
+        assert {"processor", "cores", "torch", "peft", "transformers", "date"} <= section["machine"].keys()
+        for row in section["rows"]:
+            assert row["note"] or row["value"]
+            assert (row["value"] is None) or row["value"] > 0
+            assert row["measure"] in done.stdout
+            assert row["met"] in ({"yes", "no"} if row["target"] and row["value"] else {""})
