@@ -120,10 +120,10 @@ def _bitsandbytes(name: str, device: torch.device) -> Callable[[list[dict[str, A
             f"optimizer={name!r} is bitsandbytes' and needs a CUDA GPU, but the model is on {device.type!r}: use optimizer='adamw'. "
             "For an adapter its state is small."
         )
-    import bitsandbytes.optim as bnb
+    from bitsandbytes.optim import adamw as bnb
 
     kinds = {"adamw_8bit": bnb.AdamW8bit, "paged_adamw": bnb.PagedAdamW32bit, "paged_adamw_8bit": bnb.PagedAdamW8bit}
-    return kinds[name]  # type: ignore[no-any-return]
+    return kinds[name]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:
