@@ -17,11 +17,13 @@ from lora_nb.conflicts import ConflictReport, conflicts
 from lora_nb.datasets import Dataset, Pair, dataset
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
+from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_latency
 from lora_nb.loralib import load_loralib
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
+from lora_nb.variants import variants
 from lora_nb.version import __version__
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "ConflictReport",
     "Dataset",
     "Evaluation",
+    "LatencySweep",
+    "LatencyTable",
     "LoraConfig",
     "LoraNbError",
     "MergeReport",
@@ -55,11 +59,14 @@ __all__ = [
     "load",
     "load_adapter",
     "load_loralib",
+    "measure_latency",
     "merge",
     "parameters",
     "save",
     "set_active",
     "steps",
+    "sweep_latency",
     "train",
     "unmerge",
+    "variants",
 ]

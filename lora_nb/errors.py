@@ -34,6 +34,10 @@ class DatasetError(LoraNbError, ValueError):
     """Training data that is missing, empty, too short or of another form than expected."""
 
 
+class LatencyError(LoraNbError, ValueError):
+    """A measurement that cannot be made as it was asked for."""
+
+
 class TrainingError(LoraNbError, RuntimeError):
     """Training that cannot start, or cannot go on without harm."""
 
