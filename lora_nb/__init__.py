@@ -7,6 +7,8 @@ ln.train(model, tokenizer, ln.dataset("tone"))
 ln.save(model, "adapters/tone")
 """
 
+from typing import TYPE_CHECKING
+
 from lora_nb import errors
 from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
 from lora_nb.bases import fingerprint, load
@@ -20,11 +22,15 @@ from lora_nb.generation import generate
 from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_latency
 from lora_nb.loralib import load_loralib
 from lora_nb.merge import MergeReport, merge, unmerge
+from lora_nb.showing import Source, show
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
 from lora_nb.variants import variants
 from lora_nb.version import __version__
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 __all__ = [
     "AdapterSummary",
@@ -41,6 +47,7 @@ __all__ = [
     "MergeReport",
     "Pair",
     "Run",
+    "Source",
     "Step",
     "Sublayer",
     "TrainConfig",
@@ -64,9 +71,26 @@ __all__ = [
     "parameters",
     "save",
     "set_active",
+    "show",
     "steps",
     "sweep_latency",
     "train",
     "unmerge",
     "variants",
 ]
+
+
+def load_ipython_extension(shell: "InteractiveShell") -> None:
+    """`%load_ext lora_nb`: adds `%lora` and what Tab offers after it."""
+    from lora_nb.jupyter.magics import LoraMagics, matcher
+
+    magics = LoraMagics(shell)
+    shell.register_magics(magics)
+    unload_ipython_extension(shell)
+    shell.Completer.custom_matchers.append(matcher(magics))
+
+
+def unload_ipython_extension(shell: "InteractiveShell") -> None:
+    """`%unload_ext lora_nb`: takes the completion off again."""
+    matchers = shell.Completer.custom_matchers
+    matchers[:] = [m for m in matchers if getattr(m, "matcher_identifier", "") != "lora_nb.matcher"]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from lora_nb import cli, commands
+from lora_nb.commands import course
+from lora_nb.commands.options import options
 from lora_nb.errors import LoraNbError
 
 
@@ -24,18 +26,17 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 def test_help_lists_every_verb_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for verb in commands.VERBS:
+    for verb in commands.TERMINAL:
         assert verb.__name__ in out
 
 
-@pytest.mark.parametrize("verb", [v.__name__ for v in commands.VERBS])
+@pytest.mark.parametrize("verb", [v.__name__ for v in commands.TERMINAL])
 def test_help_of_a_verb_has_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import inspect
-
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
-    for name in inspect.signature(getattr(commands, verb)).parameters:
-        assert name.replace("_", "-") in out.replace("_", "-")
+    for option in options(getattr(commands, verb)):
+        assert option.name.replace("_", "-") in out.replace("_", "-")
+        assert option.said.split()[0] in out
 
 
 @pytest.mark.parametrize(
@@ -77,11 +78,11 @@ def test_train_then_inspect_then_generate(tmp_path: Path, capsys: pytest.Capture
 
 def test_lab_starts_jupyter_on_the_first_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(commands.os, "execv", lambda _, words: started.append(words))
+    monkeypatch.setattr(course.os, "execv", lambda _, words: started.append(words))
     monkeypatch.setenv("JUPYTER_TOKEN", "secret")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    commands.lab(port=8123, jupyter="--ServerApp.quit_button=False")
+    commands.lab(commands.Session(), port=8123, jupyter="--ServerApp.quit_button=False")
     words = started[0]
     assert any(w.endswith("notebooks/00_start.ipynb") for w in words)
     assert "--port=8123" in words
@@ -93,18 +94,18 @@ def test_lab_from_a_wheel_copies_the_course_and_keeps_the_readers_work(tmp_path:
     installed = tmp_path / "site" / "notebooks"
     installed.mkdir(parents=True)
     (installed / "00_start.ipynb").write_text("{}")
-    monkeypatch.setattr(commands, "CHECKOUT", tmp_path / "none")
-    monkeypatch.setattr(commands, "COURSE", installed)
+    monkeypatch.setattr(course, "CHECKOUT", tmp_path / "none")
+    monkeypatch.setattr(course, "COURSE", installed)
     monkeypatch.chdir(tmp_path)
-    mine = commands._course() / "00_start.ipynb"
+    mine = course._course() / "00_start.ipynb"
     assert mine.parent == tmp_path / "lora_nb_course"
     mine.write_text("mine")
-    assert (commands._course() / "00_start.ipynb").read_text() == "mine"
+    assert (course._course() / "00_start.ipynb").read_text() == "mine"
 
 
 def test_lab_without_notebooks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "CHECKOUT", tmp_path / "none")
-    monkeypatch.setattr(commands, "COURSE", tmp_path / "none")
+    monkeypatch.setattr(course, "CHECKOUT", tmp_path / "none")
+    monkeypatch.setattr(course, "COURSE", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LoraNbError, match="no notebooks"):
-        commands._course()
+        course._course()

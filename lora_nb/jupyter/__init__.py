@@ -1,0 +1,1 @@
+"""What a notebook sees: magics, control panel, live charts."""
