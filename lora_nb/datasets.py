@@ -1,15 +1,14 @@
-"""Data to train on: built in, from files, lists or the Hub. `blocks.py` makes tokens of it."""
+"""Data to train on: built in, from files, lists or the Hub. `examples.py` reads their rows, `blocks.py` makes tokens of them."""
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -20,6 +19,7 @@ import torch
 
 from lora_nb.blocks import IGNORE, Block, batches, encode_pairs, encode_text, prompt_of, start_ids
 from lora_nb.errors import DatasetError, nearest
+from lora_nb.examples import Example, Pair, example_of, read_file
 from lora_nb.render import html_table, text_table
 
 if TYPE_CHECKING:
@@ -29,33 +29,8 @@ __all__ = ["IGNORE", "Block", "Dataset", "Pair", "batches", "dataset", "planted"
 
 BUILT_IN = ("stdlib", "tone", "topics", "planted")
 DATA = Path(__file__).parent / "data"
-# Column names that say what a table holds, the first that fits wins.
-PAIR_COLUMNS = (
-    ("prompt", "completion"),
-    ("formal", "informal"),
-    ("text", "label"),
-    ("instruction", "output"),
-    ("question", "answer"),
-    ("input", "output"),
-    ("source", "target"),
-)
 # 'owner/name'; a dot is part of it only before a version, so that 'data/notes.txt' is a file.
 HUB_ID = re.compile(r"\w[\w.-]*/[\w-]+(\.\d[\w.-]*)?")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and the completion to learn."""
-
-    prompt: str
-    completion: str
-    lang: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.prompt} => {self.completion}"
-
-
-Example = str | Pair | Block
 
 
 @dataclass(frozen=True)
@@ -151,7 +126,7 @@ def dataset(
     if not (isinstance(source, str) and source == "planted") and (rank is not None or seed is not None):
         raise DatasetError("rank and seed say how the data set 'planted' is made; other data have neither. Leave them out.")
     if not isinstance(source, str | Path):
-        return _held_out(Dataset("list", split or "all", [_example(e, f"entry {i}") for i, e in enumerate(_entries(source))]), split)
+        return _held_out(Dataset("list", split or "all", [example_of(e, f"entry {i}") for i, e in enumerate(_entries(source))]), split)
     name = str(source)
     if name in BUILT_IN:
         wanted = split or "train"
@@ -162,7 +137,7 @@ def dataset(
         return Dataset(name, wanted, _stdlib(wanted) if name == "stdlib" else _pairs_of(name, wanted))
     path = Path(name).expanduser()
     if path.is_file():
-        return _held_out(Dataset(path.name, split or "all", _read(path)), split)
+        return _held_out(Dataset(path.name, split or "all", read_file(path)), split)
     if HUB_ID.fullmatch(name) and not path.exists():
         return _from_hub(name, split)
     beside = [p.name for p in islice(path.parent.glob("*"), 1000)]
@@ -210,85 +185,6 @@ def _stdlib(split: str) -> list[str]:
     return [t for t in texts if t.strip()]
 
 
-def _read(path: Path) -> list[Example]:
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise DatasetError(f"{str(path)!r}: {kind} files are not read; use .txt, .md, .py, .csv, .tsv or .jsonl.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8.") from error
-    except OSError as error:
-        raise DatasetError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
-    return READERS[kind](text, str(path))
-
-
-def _read_text(text: str, _where: str) -> list[Example]:
-    return [text] if text.strip() else []
-
-
-def _read_jsonl(text: str, where: str) -> list[Example]:
-    out = []
-    for number, line in enumerate(io.StringIO(text), 1):  # splitlines would also split inside strings, at U+2028 and others
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DatasetError(f"{where!r}, line {number} is not JSON ({error}): a .jsonl file holds one JSON value a line.") from error
-        out.append(_example(row, f"{where!r}, line {number}"))
-    return out
-
-
-def _read_table(text: str, where: str) -> list[Example]:
-    rows = csv.DictReader(io.StringIO(text), delimiter="\t" if where.lower().endswith(".tsv") else ",", strict=True)
-    try:
-        return [_example(row, f"{where!r}, line {rows.line_num}") for row in rows]
-    except csv.Error as error:
-        said = f"{where!r}: what follows line {rows.line_num} is not a row of a table ({error})"
-        raise DatasetError(f"{said}: a cell in quotes ends with a quote, and a quote within it is doubled.") from error
-
-
-READERS: dict[str, Callable[[str, str], list[Example]]] = {
-    **dict.fromkeys((".txt", ".md", ".py", ".rst", ""), _read_text),
-    ".jsonl": _read_jsonl,
-    **dict.fromkeys((".csv", ".tsv"), _read_table),
-}
-
-
-def _example(row: object, where: str) -> Example:
-    """A text, a pair, or a row with columns that say which of the two it is."""
-    if isinstance(row, Block):
-        return row
-    if isinstance(row, Pair):
-        return replace(row, prompt=_said(row.prompt, where), completion=_said(row.completion, where))
-    if isinstance(row, str):
-        return _said(row, where)
-    if isinstance(row, tuple | list) and len(row) == 2:
-        return Pair(_said(row[0], where), _said(row[1], where))
-    if isinstance(row, dict):
-        for prompt, completion in PAIR_COLUMNS:
-            if prompt in row and completion in row:
-                return Pair(_prompt(row, prompt, where), _said(row[completion], where), str(row.get("lang") or ""))
-        if "text" in row:
-            return _said(row["text"], where)
-        known = ", ".join(f"{p}+{c}" for p, c in PAIR_COLUMNS)
-        raise DatasetError(f"{where} has the columns {', '.join(map(repr, row))}; one of these is needed: {known}, or text.")
-    raise DatasetError(f"{where} is a {type(row).__name__}; a text or a pair (prompt, completion) is needed.")
-
-
-def _prompt(row: dict[str, object], column: str, where: str) -> str:
-    """The prompt's column; to an instruction belongs the input that it speaks of, where the row has one."""
-    said = _said(row[column], where)
-    return f"{said}\n{_said(row['input'], where)}" if column == "instruction" and row.get("input") else said
-
-
-def _said(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DatasetError(f"{where} has {repr(value)[:80]} where text is needed: make it text, or leave the row out.")
-    return str(value)  # of NumPy's own strings too
-
-
 def _from_hub(name: str, split: str | None) -> Dataset:
     try:
         from datasets import load_dataset
@@ -300,7 +196,7 @@ def _from_hub(name: str, split: str | None) -> Dataset:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         said = f"The Hub data set {name!r} (split {split or 'train'!r}) does not load: {first[:300]}"
         raise DatasetError(f"{said}. Check its name, the split and the network.") from error
-    return Dataset(name, split or "train", [_example(row, f"{name!r}, row {i}") for i, row in enumerate(rows)])
+    return Dataset(name, split or "train", [example_of(row, f"{name!r}, row {i}") for i, row in enumerate(rows)])
 
 
 def _cut_blocks(name: str, blocks: Sequence[Block], seq_len: int) -> list[Block]:
