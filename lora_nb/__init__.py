@@ -10,7 +10,8 @@ ln.save(model, "adapters/tone")
 from typing import TYPE_CHECKING
 
 from lora_nb import errors
-from lora_nb.attach import AttachReport, attach, detach, disabled, parameters, set_active
+from lora_nb.attach import attach, detach, disabled, parameters, set_active
+from lora_nb.attach_report import AttachReport
 from lora_nb.bases import fingerprint, load
 from lora_nb.checkpoint import load_adapter, save
 from lora_nb.combine import combine

@@ -32,7 +32,8 @@ from lora_nb.adapter_files import (
     write_folder,
 )
 from lora_nb.adapterhub import fitted, hub_content, hub_metadata, hub_problems, hub_starts
-from lora_nb.attach import AttachReport, adapters, check_name, detach, layers, only_name, parts, put_on, set_active
+from lora_nb.attach import adapters, check_name, detach, layers, only_name, parts, put_on, set_active
+from lora_nb.attach_report import AttachReport
 from lora_nb.bases import base_name, fingerprint
 from lora_nb.bottleneck_targets import resolve_bottleneck
 from lora_nb.configs import BottleneckConfig, LoraConfig, to_peft

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_nb.attach import AttachReport, adapters, attach, check_name
+from lora_nb.attach import adapters, attach, check_name
+from lora_nb.attach_report import AttachReport
 from lora_nb.configs import LoraConfig
 from lora_nb.configs.checks import is_count, is_number
 from lora_nb.errors import AdapterError, ConfigError, nearest

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_nb.adapter_files import fault
-from lora_nb.attach import AttachReport, attach, detach, parts
+from lora_nb.attach import attach, detach, parts
+from lora_nb.attach_report import AttachReport
 from lora_nb.configs import LoraConfig
 from lora_nb.errors import AdapterFileError, nearest
 from lora_nb.layers.lora import LoraWeights, weights_class

@@ -21,7 +21,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lora_nb.attach import STATE, AttachReport, acting, active_names, adapters, freeze, layers, release, set_active
+from lora_nb.attach import STATE, acting, active_names, adapters, freeze, layers, release, set_active
+from lora_nb.attach_report import AttachReport
 from lora_nb.errors import AdapterError
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.render import html_table, text_table
