@@ -39,7 +39,7 @@ from lora_nb.bottleneck_targets import resolve_bottleneck
 from lora_nb.configs import BottleneckConfig, LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
 from lora_nb.layers.adapted import Part
-from lora_nb.layers.lora import is_conv1d
+from lora_nb.layers.matrix import is_conv1d
 from lora_nb.resolution import resolve, spelled_for_peft, without_idle
 from lora_nb.targets import Target, short_names
 from lora_nb.version import __version__

@@ -15,7 +15,8 @@ from lora_nb.configs import LoraConfig
 from lora_nb.errors import TargetError, nearest
 from lora_nb.layers.adapted import AdaptedLayer, Part
 from lora_nb.layers.dora import dora_class
-from lora_nb.layers.lora import LoraConvWeights, LoraWeights, is_conv1d, matrix, weights_class
+from lora_nb.layers.lora import LoraConvWeights, LoraWeights, weights_class
+from lora_nb.layers.matrix import is_conv1d, matrix
 
 V = TypeVar("V")
 

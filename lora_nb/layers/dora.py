@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
-from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeights, as_matrix, matrix, unmatrix, with_bias
+from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeights, with_bias
 from lora_nb.layers.lora_linear import is_plain, lora_linear
+from lora_nb.layers.matrix import as_matrix, matrix, unmatrix
 
 CHUNK = 1 << 18  # weights in one block of the norm: what is formed of W + s·BA stays in the cache
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora_init import start
 from lora_nb.layers.lora_linear import is_plain, lora_linear
+from lora_nb.layers.matrix import is_conv1d, matrix, unmatrix
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
 
@@ -179,11 +180,6 @@ class LoraEmbeddingWeights(LoraWeights):
         nn.init.zeros_(self.lora_A)
         nn.init.normal_(self.lora_B)
 
-    def beside(self) -> bool:
-        """Whether it is more than s · B A x."""
-        dropout = self.dropout > 0 and self.training
-        return dropout or self._parameters["lora_bias"] is not None or self._buffers["start_a"] is not None
-
     def dropped(self, x: Tensor) -> Tensor:
         """Token ids are not zeroed."""
         return x
@@ -197,34 +193,6 @@ class LoraEmbeddingWeights(LoraWeights):
     def tensors(self) -> dict[str, Tensor]:
         whole = {f".base_layer.{name}": p for name, p in self.whole.items()}
         return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B, **whole}
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), a linear layer that stores W transposed, (in, out); told by its looks, so that torch is all we need."""
-    module = getattr(module, "base", module) if isinstance(module, AdaptedLayer) else module
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether its weight is stored with the inputs first: Conv1D (in, out) and embeddings (vocabulary, width)."""
-    return is_conv1d(module) or isinstance(module, nn.Embedding)
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """The weight as a matrix (out, fan-in): of a convolution (out, in·k…), of an embedding (width, vocabulary)."""
-    dense: Any = getattr(module, "weight_dense", None)  # of a layer in four bits
-    weight: Any = module.weight
-    return as_matrix(module, dense() if dense else weight)
-
-
-def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """`weight`, stored as `module` stores its own, as a matrix (out, fan-in)."""
-    return weight.T if is_transposed(module) else weight.flatten(1)
-
-
-def unmatrix(module: nn.Module, m: Tensor) -> Tensor:
-    """From a matrix (out, fan-in) back to the shape in which the base stores its weight."""
-    return m.T if is_transposed(module) else m.view_as(module.weight) if m.ndim != module.weight.ndim else m  # type: ignore[arg-type]
 
 
 def with_bias(values: dict[str, Tensor], more: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from lora_nb.attach import set_active
 from lora_nb.errors import AdapterError, TargetError
 from lora_nb.layers import dora
 from lora_nb.layers.dora import row_norms
-from lora_nb.layers.lora import as_matrix, matrix
+from lora_nb.layers.matrix import as_matrix, matrix
 from tests.layers.pairs import BASES, IN, OUT, an_input, assert_near, assert_same, made, on, pair
 
 each_base = pytest.mark.parametrize("kind", BASES)

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_nb.configs import LoraConfig
 from lora_nb.layers.adapted import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from lora_nb.layers.adapted import adapted as stand_in
-from lora_nb.layers.lora import LoraWeights, is_conv1d, matrix, weights_class
+from lora_nb.layers.lora import LoraWeights, weights_class
+from lora_nb.layers.matrix import is_conv1d, matrix
 from tests.layers.pairs import an_input as picture
 from tests.layers.pairs import assert_near, assert_same, on, pair
 from tests.layers.pairs import made as convolution

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_nb as ln
-from lora_nb.layers.lora import matrix
 from lora_nb.layers.lora_init import start
+from lora_nb.layers.matrix import matrix
 from tests.layers.pairs import IN, OUT, an_input, assert_near, made, on
 from tests.models import peft_layers, peft_parameters, tiny_gpt2, tiny_llama, token_ids, under_peft
 
