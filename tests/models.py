@@ -34,20 +34,23 @@ VOCABULARY = 61
 M = TypeVar("M", bound=nn.Module)
 
 
-def tiny_llama(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
-    """Grouped-query attention: q_proj 32 → 32, k_proj and v_proj 32 → 16."""
+def tiny_llama(
+    *, tied: bool = False, seed: int = 0, vocabulary: int = VOCABULARY, layers: int = 3, positions: int = 64, **more: float
+) -> LlamaForCausalLM:
+    """Grouped-query attention: q_proj 32 → 32, k_proj and v_proj 32 → 16. `more` goes into its config."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        **more,
     )
     return _made(LlamaForCausalLM, config, seed)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.models import tiny_llama
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -21,20 +22,4 @@ def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
 
 def byte_llama(*, seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
     """Two layers over 259 tokens and 128 positions; weights large enough that its guesses are sharp."""
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        attention_dropout=dropout,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+    return tiny_llama(seed=seed, vocabulary=259, layers=2, positions=128, initializer_range=0.2, attention_dropout=dropout)
