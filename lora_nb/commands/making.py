@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lora_nb.attach import AttachReport, adapters
+from lora_nb.attach import adapters
 from lora_nb.attach import attach as attach_adapter
+from lora_nb.attach_report import AttachReport
 from lora_nb.checkpoint import save as save_adapter
 from lora_nb.commands.session import Session
 from lora_nb.configs import BottleneckConfig, LoraConfig, TrainConfig

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from torch import nn
 
 from lora_nb.adapter_files import CONFIG
-from lora_nb.attach import AttachReport, adapters, disabled
+from lora_nb.attach import adapters, disabled
+from lora_nb.attach_report import AttachReport
 from lora_nb.checkpoint import load_adapter, save
 from lora_nb.combine import METHODS as COMBINATIONS
 from lora_nb.combine import combine as combine_adapters
