@@ -23,6 +23,7 @@ from lora_nb.generation import generate
 from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_latency
 from lora_nb.loralib import load_loralib
 from lora_nb.merge import MergeReport, merge, unmerge
+from lora_nb.routing import rows
 from lora_nb.showing import Source, show
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
@@ -70,6 +71,7 @@ __all__ = [
     "measure_latency",
     "merge",
     "parameters",
+    "rows",
     "save",
     "set_active",
     "show",

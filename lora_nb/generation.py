@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from lora_nb.attach import acting
 from lora_nb.blocks import start_ids
 from lora_nb.errors import ConfigError
+from lora_nb.routing import rows as mixed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | Sequence[str],
     *,
-    adapter: str | None = None,
+    adapter: str | Sequence[str | None] | None = None,
     max_new_tokens: int = 60,
     temperature: float = 0.0,
     seed: int = 0,
@@ -32,13 +33,14 @@ def generate(
     """What the model writes after each prompt, without the prompt; a list of prompts gives a list, in one batch.
 
     Args:
-        adapter: let this adapter act alone; default: those that are active.
+        adapter: let this adapter act alone; with a list, each prompt has its own, or None for the base, in one batch. Default:
+            those that are active.
         temperature: 0 always takes the likeliest token; higher is freer.
         seed: of the drawing, when temperature is above 0.
 
     Raises:
         AdapterError: no adapter of that name.
-        ConfigError: no prompt, a temperature below 0, or prompts that leave no room for new tokens.
+        ConfigError: no prompt, a temperature below 0, prompts that leave no room for new tokens, or not one adapter for each.
 
     Neither the caller's random numbers nor the model's own generation settings are touched.
     """
@@ -62,7 +64,7 @@ def generate(
         model.eval()
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),  # the caller's random numbers go on undisturbed
-            nullcontext() if adapter is None else acting(model, [adapter]),
+            _with_adapter(model, adapter, len(rows)),
         ):
             torch.manual_seed(seed)
             out = base.generate(input_ids=ids, attention_mask=mask)
@@ -71,6 +73,15 @@ def generate(
         model.train(training)
     new = [t.strip() for t in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
     return new[0] if isinstance(prompts, str) else new
+
+
+def _with_adapter(model: nn.Module, adapter: str | Sequence[str | None] | None, count: int) -> AbstractContextManager[object]:
+    """Within, what was asked for acts."""
+    if adapter is None or isinstance(adapter, str):
+        return nullcontext() if adapter is None else acting(model, [adapter])
+    if len(adapter) != count:
+        raise ConfigError(f"{len(adapter)} adapters for {count} prompts: give one adapter, or None for the base, for each prompt.")
+    return mixed_rows(model, adapter)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: object) -> list[list[int]]:

@@ -91,6 +91,7 @@ class AdaptedLayer(nn.Module):
     base: nn.Module
     adapters: nn.ModuleDict
     active: tuple[str, ...]
+    routing: Any = None  # whose the rows of a mixed batch are (`mixed.py`); None: all rows go through what is active
 
     def __init__(self, base: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -116,20 +117,9 @@ class AdaptedLayer(nn.Module):
             base._modules[name] = self._modules[name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active:
-            return self.base(*args, **kwargs)
-        there: Any = self._modules["adapters"]  # past nn.Module's look-ups, which cost as much as a small product
-        acting: list[Part] = [there._modules[name] for name in self.active]
-        if len(acting) == 1 and not acting[0].replaces:
-            return acting[0].forward(self, self.base, *args, **kwargs)
-        values: dict[str, Tensor] = {}
-        for part in acting:
-            if part.replaces:
-                part.substitute(self, values)
-        call: Forward = partial(_with, self.base, values) if values else self.base
-        for part in acting:
-            call = partial(part, self, call)
-        return call(*args, **kwargs)
+        if self.routing is not None:
+            return self.routing.forward(self, *args, **kwargs)
+        return through(self, args, kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """The base too, which is out of the tree: it may be a dropout."""
@@ -158,6 +148,24 @@ class AdaptedLayer(nn.Module):
         self.adapters[name] = part.to(device).train(self.training)  # no dropout on a model in eval mode
         part.reset(self, init)
         return part
+
+
+def through(layer: AdaptedLayer, args: Any, kwargs: Any) -> Any:
+    """The layer with the adapters that are active in it."""
+    if not layer.active:
+        return layer.base(*args, **kwargs)
+    there: Any = layer._modules["adapters"]  # past nn.Module's look-ups, which cost as much as a small product
+    acting: list[Part] = [there._modules[name] for name in layer.active]
+    if len(acting) == 1 and not acting[0].replaces:
+        return acting[0].forward(layer, layer.base, *args, **kwargs)
+    values: dict[str, Tensor] = {}
+    for part in acting:
+        if part.replaces:
+            part.substitute(layer, values)
+    call: Forward = partial(_with, layer.base, values) if values else layer.base
+    for part in acting:
+        call = partial(part, layer, call)
+    return call(*args, **kwargs)
 
 
 def _with(base: nn.Module, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,216 @@
+"""One batch, many adapters: each row of the batch goes through its own, or through none.
+
+    y_i = W x_i + s_a · B_a A_a x_i,    a = the adapter of row i
+
+The product with W does not care whose row it is, so it is done once for all rows; the low-rank parts follow in one of the
+ways of `ways.py`. Which token is whose is found once a batch, in a `Routing` that all layers share.
+
+What is more than s · B A x on a linear layer (DoRA, biases, convolutions, embeddings, bottlenecks, whole modules) goes adapter by
+adapter: over the base's output, which is still computed once, or through the base again where an adapter has its own copy
+of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_nb.errors import AdapterError
+from lora_nb.layers.adapted import AdaptedLayer, Part, through
+from lora_nb.layers.grouped import MULTIPLE
+from lora_nb.layers.lora import LoraWeights
+from lora_nb.layers.ways import Plan, add_low_rank
+
+
+class Routing:
+    """Whose the rows of one batch are.
+
+    Args:
+        names: for each row its adapter, or None for the base.
+        lengths: tokens of each row, where the rows lie one after another in a single long one, (1, Σ lengths, …); by default
+            the batch is (rows, tokens, …).
+        kept: how many of these tokens the output head sees, if not all.
+        device: of the batch.
+
+    It holds what was found out about the batch and about the adapters, so it is for as long as neither changes; adapters
+    that train may change.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str | None],
+        lengths: Sequence[int] | None = None,
+        kept: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.names, self.device = tuple(names), device
+        self.lengths = None if lengths is None else tuple(lengths)
+        self.kept = self.lengths if kept is None else tuple(kept)
+        self.adapters = tuple(dict.fromkeys(name for name in names if name is not None))
+        self.focus: str | None = None
+        self._shares: dict[AdaptedLayer, Share] = {}
+        self._plans: dict[tuple[tuple[str, ...], int], Plan] = {}
+
+    def forward(self, layer: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+        """What the layer gives for the batch."""
+        if self.focus is not None:
+            return alone(layer, self.focus, args, kwargs)
+        share = self._shares.get(layer)
+        if share is None:
+            share = self._shares[layer] = Share(layer, self.adapters)
+        if not share.names:
+            return layer.base(*args, **kwargs)
+        if len(share.names) == 1 and self.names.count(share.names[0]) == len(self.names):
+            return alone(layer, share.names[0], args, kwargs)
+        y = layer.base(*args, **kwargs)
+        if share.low_rank:
+            x = args[0] if args else next(iter(kwargs.values()))
+            y = self._low_rank(layer, share, x, y)
+        for name in share.others:
+            y = self._one_more(layer, name, y, args, kwargs)
+        return y
+
+    def _low_rank(self, layer: AdaptedLayer, share: Share, x: Tensor, y: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        self._check(x)
+        plan = self.plan(share.low_rank, len(flat))
+        a, b = share.stack()
+        in_place = not torch.is_grad_enabled() and not layer.base._forward_hooks
+        out = add_low_rank(y.reshape(-1, y.shape[-1]), flat.to(a.dtype), a, b, plan, in_place=in_place)
+        return out.view_as(y)
+
+    def _one_more(self, layer: AdaptedLayer, name: str, y: Any, args: Any, kwargs: Any) -> Any:
+        """`y` with the rows of one adapter replaced by what it makes of them."""
+        part: Part = layer.adapters[name]  # type: ignore[assignment]
+        main = y[0] if isinstance(y, tuple) else y
+        dim, places = self._places(name, main)
+        args = tuple(self._mine(name, v) for v in args)
+        kwargs = {key: self._mine(name, v) for key, v in kwargs.items()}
+        with self._only(name):
+            before = main.index_select(dim, places)
+            if part.replaces:
+                new: Any = alone(layer, name, args, kwargs)
+            else:
+                new = part(layer, lambda *_, **__: before, *args, **kwargs)
+        new = new[0] if isinstance(new, tuple) else new
+        new = main if new is before else main.index_copy(dim, places, new.to(main.dtype))
+        return (new, *y[1:]) if isinstance(y, tuple) else new
+
+    @contextmanager
+    def _only(self, name: str) -> Iterator[None]:
+        """Within, every row is that adapter's: modules that it calls (a norm) are given its rows alone."""
+        self.focus = name
+        try:
+            yield
+        finally:
+            self.focus = None
+
+    def _mine(self, name: str, value: Any) -> Any:
+        """Of a tensor that has the batch's rows, those of one adapter; anything else as it is."""
+        if not isinstance(value, Tensor) or not self._has_rows(value):
+            return value
+        dim, places = self._places(name, value)
+        return value.index_select(dim, places)
+
+    def _has_rows(self, t: Tensor) -> bool:
+        if not t.ndim:
+            return False
+        if self.lengths is None:
+            return t.shape[0] >= len(self.names) and t.shape[0] % len(self.names) == 0
+        sizes = (sum(self.lengths), sum(self.kept or ()))
+        return t.shape[0] in sizes or (t.ndim > 1 and t.shape[0] == 1 and t.shape[1] in sizes)
+
+    def _places(self, name: str, t: Tensor) -> tuple[int, Tensor]:
+        """The dimension of `t` that has rows or tokens, and which of them are the adapter's."""
+        packed = self.lengths is not None
+        dim = 1 if packed and t.ndim > 1 and t.shape[0] == 1 else 0
+        self._check(t)
+        return dim, self.plan((name,), t.shape[dim]).order
+
+    def plan(self, names: tuple[str, ...], tokens: int) -> Plan:
+        """Which of so many tokens are whose, as far as these adapters go.
+
+        Raises:
+            AdapterError: the batch has not as many rows as there are names.
+        """
+        plan = self._plans.get((names, tokens))
+        if plan is None:
+            plan = self._plans[names, tokens] = Plan.of(self._sizes(tokens), self.names, names, self.device)
+        return plan
+
+    def _sizes(self, tokens: int) -> tuple[int, ...]:
+        """Tokens of each row."""
+        if self.lengths is None and tokens % len(self.names) == 0:
+            return (tokens // len(self.names),) * len(self.names)
+        for sizes in (self.lengths, self.kept):
+            if sizes is not None and sum(sizes) == tokens:
+                return sizes
+        raise self._wrong(f"{tokens} tokens")
+
+    def _check(self, t: Tensor) -> None:
+        """A batch of several dimensions says how many rows it has; one of tokens alone has to be divided."""
+        if self.lengths is None and t.ndim > 2 and t.shape[0] != len(self.names):
+            raise self._wrong(f"{t.shape[0]} rows")
+
+    def _wrong(self, found: str) -> AdapterError:
+        return AdapterError(
+            f"Adapters were named for {len(self.names)} rows, but {found} reached a layer. Name one adapter, or None for the base, "
+            "for every row of the batch."
+        )
+
+
+class Share:
+    """Which of the batch's adapters one layer has, and the low-rank ones of them stacked."""
+
+    def __init__(self, layer: AdaptedLayer, adapters: Sequence[str]) -> None:
+        self.names = tuple(name for name in adapters if name in layer.adapters)
+        parts: dict[str, Any] = {name: layer.adapters[name] for name in self.names}
+        self.low_rank = tuple(name for name, part in parts.items() if is_low_rank(part))
+        self.others = tuple(name for name in self.names if name not in self.low_rank)
+        self.parts: list[LoraWeights] = [parts[name] for name in self.low_rank]
+        self.trains = any(p.requires_grad for part in self.parts for p in part.parameters())
+        self._stack: tuple[Tensor, Tensor] | None = None
+
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """A (G, r, in) and s · Bᵀ (G, r, out), shorter ranks filled with zeros; kept unless the adapters train."""
+        if self.trains:
+            return stacked(self.parts)
+        if self._stack is None:
+            with torch.no_grad():
+                self._stack = stacked(self.parts)
+        return self._stack
+
+
+def is_low_rank(part: Part) -> bool:
+    """Whether a part is s · B A x on a linear layer, and nothing more."""
+    if type(part) is not LoraWeights or part.replaces or part.lora_bias is not None:
+        return False
+    return part.start_a is None and not (part.dropout and part.training)
+
+
+def stacked(parts: Sequence[LoraWeights]) -> tuple[Tensor, Tensor]:
+    """A (G, r, in) and s · Bᵀ (G, r, out), r the largest rank rounded up."""
+    rank = max(part.r for part in parts)
+    rank += -rank % MULTIPLE
+    return (
+        torch.stack([_filled(part.lora_A, rank) for part in parts]),
+        torch.stack([_filled(part.lora_B.T * part.scaling, rank) for part in parts]),
+    )
+
+
+def _filled(m: Tensor, rank: int) -> Tensor:
+    return m if len(m) == rank else F.pad(m, (0, 0, 0, rank - len(m)))
+
+
+def alone(layer: AdaptedLayer, name: str, args: Any, kwargs: Any) -> Any:
+    """The layer as if that adapter were the only one that acts."""
+    before, layer.active = layer.active, (name,) if name in layer.adapters else ()
+    try:
+        return through(layer, args, kwargs)
+    finally:
+        layer.active = before

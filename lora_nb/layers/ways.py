@@ -1,0 +1,138 @@
+"""The low-rank part of a batch whose tokens have different adapters, y_i += s_a · B_a A_a x_i, in three ways.
+
+With n tokens, G adapters and the largest rank r:
+
+    masked    all A one below the other: x [A_1; …; A_G]ᵀ, zeros where it is another's, times [B_1; …; B_G]. G times the work
+    grouped   tokens sorted by adapter, then a product by groups: no work too much, but sorting, and a small product for each
+    gathered  each token takes its own copy of A_a and B_a: n · r · (in + out) numbers, so it is for a few tokens only
+
+`choose` takes the one that costs least. The others form no more than n · (G·r + in + out) numbers, G·r being small where "masked"
+is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have the last two as GPU kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_nb.layers.grouped import Spans, grouped
+
+DECODE = 128  # tokens of a batch up to which each may take copies of its A and B
+
+# Microseconds on one core of a CPU, by the bytes of a number, as `benchmarks/serving.py --only crossover` finds them.
+CALL, SORTED = 15.0, 3e-4  # whatever is done; a number of x or y put in order and back
+COSTS = {
+    4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "copy": 4e-4},  # a multiply-add; one more small product; a number of A or B
+    2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "copy": 4e-4},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens are whose: `order` sorts those with an adapter by it, `whose` has each one's number in `names`, or −1."""
+
+    order: Tensor
+    spans: Spans
+    whose: Tensor
+    start: int | None  # where they begin, if they lie one after another and in order already
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], rows: Sequence[str | None], names: tuple[str, ...], device: torch.device | str) -> Plan:
+        """From the tokens of each row and the adapter of each row."""
+        number = {name: i for i, name in enumerate(names)}
+        begins = [0, *accumulate(sizes)]
+        mine: list[list[int]] = [[] for _ in names]
+        for i, name in enumerate(rows):
+            if name in number:
+                mine[number[name]].append(i)
+        order = [t for group in mine for i in group for t in range(begins[i], begins[i + 1])]
+        ends = list(accumulate(sum(sizes[i] for i in group) for group in mine))
+        whose = [number.get(name, -1) if name is not None else -1 for name, size in zip(rows, sizes, strict=True) for _ in range(size)]
+        sorted_already = bool(order) and order == list(range(order[0], order[0] + len(order)))
+        spans = Spans(tuple(pairwise([0, *ends])), torch.tensor(ends, dtype=torch.int32, device=device))
+        places = (torch.tensor(values, dtype=torch.long, device=device) for values in (order, whose))
+        return cls(next(places), spans, next(places), order[0] if sorted_already else None)
+
+    @cached_property
+    def others(self) -> Tensor:
+        """(n, G), true where a token is not that adapter's."""
+        return self.whose[:, None] != torch.arange(len(self.spans.places), device=self.whose.device)
+
+    @cached_property
+    def clipped(self) -> tuple[Tensor, Tensor | None]:
+        """A number for each token that can be looked up, and which tokens have none."""
+        base = self.whose < 0
+        return self.whose.clamp(min=0), base if bool((self.whose < 0).any()) else None
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_place: bool = False) -> Tensor:
+    """y (n, out) plus the low-rank part of x (n, in), by the way that costs least.
+
+    Args:
+        a: (G, r, in).
+        b: (G, r, out), scaled.
+        in_place: y may be written to.
+    """
+    way = WAYS[choose(len(x), len(plan.order), a.shape, b.shape[2], in_order=plan.start is not None, itemsize=a.element_size())]
+    return way(y, x, a, b, plan, in_place)
+
+
+def choose(tokens: int, routed: int, shape: Sequence[int], out: int, *, in_order: bool, itemsize: int = 4) -> str:
+    """The way that costs least: `shape` is A's (G, r, in), `routed` of the tokens have an adapter, numbers have `itemsize` bytes."""
+    groups, rank, width = shape
+    cost, size = COSTS.get(itemsize, COSTS[4]), rank * (width + out)
+    costs = {
+        "masked": CALL + tokens * groups * size * cost["work"] + groups * size * cost["read"],
+        "grouped": 2 * CALL + routed * size * cost["work"] + groups * (cost["group"] + size * cost["read"]),
+    }
+    costs["grouped"] += 0 if in_order else routed * (width + out) * SORTED
+    if tokens <= DECODE:
+        costs["gathered"] = CALL + tokens * size * cost["copy"]
+    return min(costs, key=lambda way: costs[way])
+
+
+def masked(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917 - one signature for all ways
+    """G times the work in two large products."""
+    groups, rank, _ = a.shape
+    h = x @ a.flatten(0, 1).T  # (n, G·r)
+    others = plan.others[..., None]
+    # Filled, not multiplied: a value that another's adapter lets overflow must not become NaN here.
+    h = (h.view(-1, groups, rank).masked_fill_ if in_place else h.view(-1, groups, rank).masked_fill)(others, 0.0).flatten(1)
+    if y.dtype != h.dtype:
+        return _added(y, h @ b.flatten(0, 1), in_place)
+    return y.addmm_(h, b.flatten(0, 1)) if in_place else torch.addmm(y, h, b.flatten(0, 1))
+
+
+def by_group(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917
+    """The work that has to be done, in two small products for each adapter."""
+    count = len(plan.order)
+    if plan.start is None:
+        update = grouped(grouped(x.index_select(0, plan.order), a.mT, plan.spans), b, plan.spans).to(y.dtype)
+        return y.index_add_(0, plan.order, update) if in_place else y.index_add(0, plan.order, update)
+    here = slice(plan.start, plan.start + count)
+    update = grouped(grouped(x[here], a.mT, plan.spans), b, plan.spans)
+    if in_place:
+        y[here] += update
+        return y
+    return y + F.pad(update.to(y.dtype), (0, 0, plan.start, len(y) - plan.start - count))
+
+
+def gathered(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917
+    """Two small products for each token."""
+    whose, base = plan.clipped
+    h = a.index_select(0, whose) @ x[..., None]  # (n, r, 1)
+    update = (h.mT @ b.index_select(0, whose))[:, 0]  # (n, out)
+    return _added(y, update if base is None else update.masked_fill(base[:, None], 0.0), in_place)
+
+
+def _added(y: Tensor, update: Tensor, in_place: bool) -> Tensor:
+    return y.add_(update) if in_place else y + update.to(y.dtype)
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {"masked": masked, "grouped": by_group, "gathered": gathered}
