@@ -42,6 +42,10 @@ class TrainingError(LoraNbError, RuntimeError):
     """Training that cannot start, or cannot go on without harm."""
 
 
+class OutOfMemoryError(TrainingError):
+    """A training step that the device's memory does not hold; the message says what would fit."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of a message: `Did you mean 'q_proj'?` when a choice is close, else the choices themselves.
 

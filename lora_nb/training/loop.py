@@ -2,97 +2,47 @@
 
     blocks → batches → forward → loss → backward → clip → step
 
-The base stays frozen: only what asks for a gradient is stepped.
+The base stays frozen: only what asks for a gradient is stepped. Around the loop stand the order of the data (`sampler.py`), the
+loss (`loss.py`), the optimizer and its rates (`optim.py`), 16-bit products (`precision.py`), checkpoints (`state.py`), several
+processes (`distributed.py`), and what a run leaves (`run.py`).
 """
 
 from __future__ import annotations
 
 import math
-import random
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lora_nb.attach import adapters
-from lora_nb.blocks import IGNORE, Block, batches
+from lora_nb.blocks import IGNORE, Batch, Block, pack
 from lora_nb.configs import TrainConfig
 from lora_nb.datasets import Dataset
-from lora_nb.errors import TrainingError
-from lora_nb.render import format_bytes, html_table, svg_curve, text_table
+from lora_nb.errors import OutOfMemoryError
+from lora_nb.training import distributed
+from lora_nb.training.callbacks import Callback, Watchers
+from lora_nb.training.checks import Movement, refuse_leaks, refuse_no_gradient, refuse_not_finite
 from lora_nb.training.evaluation import evaluate_blocks
 from lora_nb.training.loss import loss_sum
-from lora_nb.training.optim import learning_rate, make_optimizer, trainable
+from lora_nb.training.memory_use import explained, forget_peak, is_out_of_memory, memory_by_part, peak_memory
+from lora_nb.training.modes import prepared
+from lora_nb.training.optim import make_optimizer, set_rates, trainable
+from lora_nb.training.precision import Precision
+from lora_nb.training.run import Run, Step
+from lora_nb.training.sampler import Sampler, total_steps
+from lora_nb.training.signals import Terminated, heeded, whole
+from lora_nb.training.state import Keeper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Callback = Callable[["Step"], bool | None]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: mean loss over its labelled tokens (nats), rate, gradient norm before clipping, tokens in, seconds."""
-
-    step: int
-    total: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-
-    def _repr_html_(self) -> str:
-        row = (f"{self.step} of {self.total}", self.loss, self.learning_rate, self.grad_norm, self.tokens, self.seconds)
-        return html_table(["step", "loss", "learning rate", "gradient norm", "tokens", "seconds"], [row])
-
-
-@dataclass
-class Run:
-    """What a training run did: losses by step, evaluations as (step, loss), and what it took.
-
-    `tokens_per_second` counts every token that went through the model; `peak_memory` is bytes, of the GPU if there is one,
-    else the process' high-water mark; `stopped_by` is `"max_steps"`, `"num_train_epochs"`, `"interrupt"` or `"callback"`.
-    """
-
-    adapter: str | None
-    config: TrainConfig
-    losses: list[float] = field(default_factory=list)
-    eval_losses: list[tuple[int, float]] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-    stopped_by: str = "max_steps"
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def _rows(self) -> list[tuple[str, str]]:
-        rows = [
-            ("trained", f"adapter {self.adapter!r}" if self.adapter else "the whole model"),
-            ("steps", f"{self.steps}, stopped by {self.stopped_by}"),
-            ("loss, first and last", f"{self.losses[0]:.3f} → {self.losses[-1]:.3f}" if self.losses else "no step was made"),
-            ("time", f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"),
-            ("peak memory", format_bytes(self.peak_memory)),
-        ]
-        if self.eval_losses:
-            rows.insert(3, ("held-out loss", " → ".join(f"{loss:.3f}" for _, loss in self.eval_losses)))
-        return rows
-
-    def __repr__(self) -> str:
-        return text_table(["run", ""], self._rows())
-
-    def _repr_html_(self) -> str:
-        return svg_curve(self.losses, "training loss") + html_table(["run", ""], self._rows())
+__all__ = ["Run", "Step", "steps", "train"]
 
 
 def train(
@@ -104,50 +54,54 @@ def train(
     eval_dataset: Dataset | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train the active adapters (or, on a model without any, the whole model) and report.
+    """Train the active adapters (or, on a model without any, whatever asks for a gradient) and report.
 
-    Interrupting the kernel ends the run early and keeps what was learnt. A callback gets each `Step`; one that returns True
-    ends the run.
+    Interrupting the kernel, SIGTERM and a full memory end the run early and keep what was learnt: `stopped_by` says so. A
+    callback gets each `Step`; one that returns True ends the run.
 
     Raises:
-        TrainingError: nothing trains, or the loss is no longer a number.
+        TrainingError: nothing trains, the loss is no longer a number, B does not move, or a checkpoint is of another run.
         DatasetError: the data cannot fill a batch.
     """
-    from tqdm.auto import tqdm
-
-    trainable(model)  # before the evaluation that comes first
     config = config or TrainConfig()
-    run = Run(", ".join(adapters(model).active) or None, config)
+    trainable(model)  # say at once what would fail after minutes of tokenizing
     held = eval_dataset.encode(tokenizer, config.seq_len) if eval_dataset is not None else []
+    work = _prepare(model, dataset.encode(tokenizer, config.seq_len), int(tokenizer.pad_token_id or 0), config)
+    run, turns = work.run, _turns(work)
 
-    def look() -> None:
+    def look(watchers: Watchers) -> None:
         """Evaluate, unless that was just done at this very step."""
         if held and (not run.eval_losses or run.eval_losses[-1][0] != run.steps):
-            run.eval_losses.append((run.steps, evaluate_blocks(model, tokenizer, held).loss))
+            with work.precision.autocast():
+                run.eval_losses.append((run.steps, evaluate_blocks(model, tokenizer, held).loss))
+            watchers.evaluation(*run.eval_losses[-1])
 
-    turns = steps(model, tokenizer, dataset, config)
-    with tqdm(desc="training", unit="step") as bar:
+    with heeded(), Watchers(config, run, work.total, callbacks) as watchers:
         try:
-            look()
+            if not run.steps:
+                look(watchers)
             for step in turns:
-                bar.total = step.total
-                _note(run, step)
-                bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
-                bar.update()
                 if config.eval_every and step.step % config.eval_every == 0:
-                    look()
-                asked = [callback(step) for callback in callbacks]  # all of them, whatever the first says
-                if any(asked):
+                    look(watchers)
+                if distributed.anywhere(said=watchers.step(step), device=work.device):
                     run.stopped_by = "callback"
+                    break
+                if config.early_stopping_patience and run.stale() >= config.early_stopping_patience:
+                    run.stopped_by = "early_stopping"
                     break
             else:
                 run.stopped_by = "max_steps" if run.steps == config.max_steps else "num_train_epochs"
-            look()
-        except KeyboardInterrupt:
-            run.stopped_by = "interrupt"
+            turns.close()
+            look(watchers)
+        except OutOfMemoryError as error:
+            run.stopped_by, run.notice = "out_of_memory", str(error)
+            warnings.warn(run.notice, stacklevel=2)
+        except KeyboardInterrupt as error:
+            run.stopped_by = "sigterm" if isinstance(error, Terminated) else "interrupt"
         finally:
             turns.close()
-    run.peak_memory = peak_memory(model)
+            run.peak_memory = peak_memory(work.device)
+            run.memory = work.memory()
     return run
 
 
@@ -157,105 +111,118 @@ def steps(
     """The loop itself, one optimizer step a turn; stop asking and it stops. Leaves the model in evaluation mode.
 
     Raises:
-        TrainingError, DatasetError: as for `train`.
+        TrainingError, DatasetError: as for `train`; memory that is full is `errors.OutOfMemoryError` here.
     """
     config = config or TrainConfig()
-    trainable(model)  # say at once what would fail after minutes of tokenizing
-    blocks = dataset.encode(tokenizer, config.seq_len)
-    optimizer = make_optimizer(model, config)
-    forwards = _forwards(blocks, int(tokenizer.pad_token_id or 0), config)
-    total = _total(len(blocks), config)
-    torch.manual_seed(config.seed)
+    trainable(model)
+    yield from _turns(_prepare(model, dataset.encode(tokenizer, config.seq_len), int(tokenizer.pad_token_id or 0), config))
+
+
+@dataclass
+class Work:
+    """What a run works with: made once, or filled from a checkpoint."""
+
+    model: nn.Module
+    config: TrainConfig
+    run: Run
+    total: int
+    device: torch.device
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    keeper: Keeper
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part, at the peak so far."""
+        return memory_by_part(self.model, self.optimizer, peak_memory(self.device))
+
+
+def _prepare(model: nn.Module, blocks: list[Block], pad_id: int, config: TrainConfig) -> Work:
+    """Everything before the first step."""
+    share, device = distributed.start(), next(model.parameters()).device
+    if config.packing:
+        refuse_leaks(model, blocks)
+        blocks = pack(blocks, config.seq_len)
+    distributed.same_start(trainable(model))
+    forget_peak(device)
+    run = Run(", ".join(adapters(model).active) or None, config)
+    optimizer, precision = make_optimizer(model, config), Precision(config, model, device)
+    keeper = Keeper(model, optimizer, precision, run, blocks)
+    sampler = Sampler(blocks, config, pad_id, device, share)
+    return Work(model, config, run, total_steps(len(blocks), config), device, sampler, optimizer, precision, keeper)
+
+
+def _turns(work: Work) -> Generator[Step, None, None]:
+    """The steps that remain; after each the parameters and the run's record agree, whatever comes in between."""
+    model, config, run, optimizer, params = work.model, work.config, work.run, work.optimizer, trainable(work.model)
+    movement = Movement(model, run)
     optimizer.zero_grad(set_to_none=True)  # of a backward before this run
     try:
-        for step in range(total):
-            start = time.perf_counter()
-            model.train()  # each time: between two steps the model is the caller's
-            rate = learning_rate(config, step, total)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            micro = [next(forwards) for _ in range(config.gradient_accumulation_steps)]
-            loss = _accumulate(model, micro)
-            norm = _clip(model, config.max_grad_norm) if math.isfinite(loss) else math.nan
-            if not math.isfinite(norm):
-                raise TrainingError(
-                    f"Step {step + 1} has loss {loss:g} and gradient norm {norm:g}: the parameters of step {step} are kept. The usual "
-                    f"cause is a learning rate that is too high (here {rate:g}); attach anew and try a tenth of it."
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens = sum(ids.numel() for ids, _ in micro)
-            yield Step(step + 1, total, loss, rate, norm, tokens, time.perf_counter() - start)
+        with prepared(model, config):
+            for number in range(run.steps, work.total):
+                start = time.perf_counter()
+                model.train()  # each time: between two steps the model is the caller's
+                rate = set_rates(optimizer, config, number, work.total)
+                micro = work.sampler.step(number)
+                loss, tokens = _accumulate(work, micro, number)
+                work.sampler.prefetch(number + 1)  # while a GPU is still busy with this one
+                norm = _clip(work, params)
+                if not (math.isfinite(loss) and work.precision.fits(norm)):
+                    refuse_not_finite(number + 1, loss, norm, rate, micro)
+                with whole():
+                    work.precision.step(optimizer)
+                    optimizer.zero_grad(set_to_none=True)
+                    step = Step(number + 1, work.total, loss, rate, norm, tokens, time.perf_counter() - start)
+                    run.note(step)
+                movement.check(step)
+                yield step
+                work.keeper.save_if_due()
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
+        work.keeper.save()
 
 
-def _accumulate(model: nn.Module, micro: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Gradients of the mean loss over all labelled tokens of the forwards together: k forwards equal one of k times the size."""
-    device = next(model.parameters()).device
-    count = max(1, sum(int((labels[:, 1:] != IGNORE).sum()) for _, labels in micro))
-    total = 0.0
-    for ids, labels in micro:
-        loss = loss_sum(model, ids.to(device), labels) / count
-        total += float(loss.detach())
-        if math.isfinite(total) and loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-    if math.isfinite(total) and all(p.grad is None for p in trainable(model)):
-        raise TrainingError("No gradient reaches what trains, so nothing would be learnt: train outside of disabled(model) and no_grad().")
-    return total
+def _accumulate(work: Work, micro: Sequence[Batch], number: int) -> tuple[float, int]:
+    """Gradients of the mean loss over all labelled tokens of the forwards together: k forwards equal one of k times the size.
+
+    Returns:
+        that loss (nats), and how many tokens went in; in several processes, of all of them.
+    """
+    labelled = sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in micro)
+    count, tokens = distributed.summed([labelled, sum(batch.input_ids.numel() for batch in micro)], work.device)
+    total, full = torch.zeros((), device=work.device), ""
+    try:
+        with _drawing(work, number):
+            for batch in micro:
+                with work.precision.autocast():
+                    loss = loss_sum(work.model, batch.input_ids, batch.labels, batch.positions) / max(1, count)
+                if loss.requires_grad:
+                    work.precision.backward(loss)
+                total += loss.detach()
+        mean = distributed.summed([float(total)], work.device)[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        full = str(error) or "MemoryError"
+    if full:  # here, where the traceback no longer holds what filled the memory
+        raise OutOfMemoryError(explained(full, work.model, micro[0], work.config, parts=work.memory(), autocast=work.precision.autocast))
+    refuse_no_gradient(work.model, mean)
+    return mean, int(tokens)
 
 
-def _clip(model: nn.Module, limit: float | None) -> float:
-    """The L2 norm of all gradients, which are then scaled down to `limit`."""
-    return float(nn.utils.clip_grad_norm_(trainable(model), math.inf if limit is None else limit))
+@contextmanager
+def _drawing(work: Work, number: int) -> Iterator[None]:
+    """Random numbers (dropout) that follow from seed and step, so that a resumed run draws them again; the caller's are left alone."""
+    seed = (work.config.seed * 1_000_003 + number) * work.sampler.share[1] + work.sampler.share[0]
+    with torch.random.fork_rng([work.device] if work.device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        yield
 
 
-def _forwards(blocks: Sequence[Block], pad_id: int, config: TrainConfig) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches without end: each epoch a new order by seed, rows of like length together so that little is padding."""
-    epoch = 0
-    while True:
-        yield from batches(blocks, config.batch_size, pad_id, _order(blocks, config, epoch))
-        epoch += 1
-
-
-def _order(blocks: Sequence[Block], config: TrainConfig, epoch: int) -> list[int]:
-    """Shuffled; then sorted by length within windows of 16 batches, and the batches of a window shuffled again."""
-    rng = random.Random(config.seed * 1_000_003 + epoch)
-    order = list(range(len(blocks)))
-    rng.shuffle(order)
-    size, window, out = config.batch_size, 16 * config.batch_size, []
-    for i in range(0, len(order), window):
-        near = sorted(order[i : i + window], key=lambda j: len(blocks[j].input_ids))
-        rows = [near[k : k + size] for k in range(0, len(near), size)]
-        rng.shuffle(rows)
-        out += [j for row in rows for j in row]
-    return out
-
-
-def _total(blocks: int, config: TrainConfig) -> int:
-    """Optimizer steps of the run."""
-    if config.num_train_epochs is None:
-        return config.max_steps or 1
-    forwards = math.ceil(blocks / config.batch_size) * config.num_train_epochs
-    wanted = max(1, math.ceil(forwards / config.gradient_accumulation_steps))
-    return min(wanted, config.max_steps or wanted)
-
-
-def _note(run: Run, step: Step) -> None:
-    run.losses.append(step.loss)
-    run.tokens += step.tokens
-    run.seconds += step.seconds
-
-
-def peak_memory(model: nn.Module) -> int:
-    """Bytes at the highest: of the model's GPU, or of this process; 0 where the system does not say."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":  # Python there has no `resource`
-        return 0
-    import resource
-
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _clip(work: Work, params: Sequence[nn.Parameter]) -> float:
+    """The L2 norm of all gradients, which are then scaled down to `max_grad_norm`."""
+    distributed.sum_gradients(params)
+    work.precision.unscale(work.optimizer)
+    limit = work.config.max_grad_norm
+    return float(nn.utils.clip_grad_norm_(params, math.inf if limit is None else limit))

@@ -16,9 +16,10 @@ from torch import nn
 import lora_nb as ln
 from lora_nb.attach import weights
 from lora_nb.bases import base_parameters
-from lora_nb.blocks import IGNORE, Block
+from lora_nb.blocks import IGNORE, Block, collate
 from lora_nb.errors import DatasetError, TrainingError
 from lora_nb.training import loop
+from lora_nb.training.sampler import Sampler, order, total_steps
 from tests.models import fill, peft_twin
 from tests.text import PAD, byte_llama, byte_tokenizer
 
@@ -42,6 +43,10 @@ def adapted(lora: ln.LoraConfig = LORA, *, seed: int = 0) -> nn.Module:
 
 def train(model: nn.Module, *callbacks, **changes) -> ln.Run:
     return ln.train(model, TOKENIZER, PAIRS, config(**changes), callbacks=callbacks)
+
+
+def work_on(model: nn.Module, **changes) -> loop.Work:
+    return loop._prepare(model, PAIRS.encode(TOKENIZER, 64), PAD, config(**changes))
 
 
 def copied(model: nn.Module, name: str | None = None) -> dict[str, torch.Tensor]:
@@ -68,7 +73,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_with_peft() -> None:
     model = adapted()
     twin = peft_twin(model, LORA).train()
     train_config = config(max_steps=30, learning_rate=5e-3, warmup_steps=5, weight_decay=0.1, max_grad_norm=0.5, seed=3)
-    forwards = loop._forwards(PAIRS.encode(TOKENIZER, 64), PAD, train_config)
+    forwards = Sampler(PAIRS.encode(TOKENIZER, 64), train_config, PAD)
 
     trained = [p.requires_grad_("lora_" in name) for name, p in twin.named_parameters() if "lora_" in name]
     for name, p in twin.named_parameters():
@@ -76,7 +81,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_with_peft() -> None:
     optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.1)
     losses, norms = [], []
     for step in range(30):
-        ids, labels = next(forwards)
+        ids, labels, *_ = forwards.forward(step)
         loss = twin(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).loss
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 0.5)))
@@ -100,7 +105,8 @@ def test_micro_batches_make_the_gradient_of_one_batch(size: int) -> None:
     def gradients(batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
         model = adapted()
         fill(model)
-        loss = loop._accumulate(model, list(loop.batches(blocks, batch_size, PAD, range(len(blocks)))))
+        micro = [collate(blocks[i : i + batch_size], PAD) for i in range(0, len(blocks), batch_size)]
+        loss, _ = loop._accumulate(work_on(model), micro, 0)
         return loss, {k: p.grad.clone() for k, p in ln.parameters(model).items()}
 
     (loss, whole), (loss_by_parts, parts) = gradients(len(blocks)), gradients(size)
@@ -127,8 +133,9 @@ def test_clipping_reports_the_norm_and_limits_it() -> None:
     for limit in (None, 1e9, 1e-3):
         model = adapted()
         blocks = PAIRS.encode(TOKENIZER, 64)
-        loop._accumulate(model, list(loop.batches(blocks, 4, PAD, range(4))))
-        reported = loop._clip(model, limit)
+        work = work_on(model, max_grad_norm=limit)
+        loop._accumulate(work, [collate(blocks[:4], PAD)], 0)
+        reported = loop._clip(work, list(ln.parameters(model).values()))
         left = torch.cat([p.grad.flatten() for p in ln.parameters(model).values()]).norm()
         norms[limit] = reported, float(left)
     (free, free_left), (loose, loose_left), (tight, tight_left) = norms.values()
@@ -298,7 +305,7 @@ def test_length_of_a_run(changes: dict[str, float], steps: int, stopped_by: str)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 50), st.integers(1, 60))
 def test_epochs_are_counted_without_rounding_errors(blocks: int, batch_size: int, forwards: int, epochs: int) -> None:
     chosen = config(max_steps=10**9, num_train_epochs=epochs, batch_size=batch_size, gradient_accumulation_steps=forwards)
-    assert loop._total(blocks, chosen) == math.ceil(Fraction(math.ceil(Fraction(blocks, batch_size)) * epochs, forwards))
+    assert total_steps(blocks, chosen) == math.ceil(Fraction(math.ceil(Fraction(blocks, batch_size)) * epochs, forwards))
 
 
 @quick
@@ -306,21 +313,21 @@ def test_epochs_are_counted_without_rounding_errors(blocks: int, batch_size: int
 def test_every_epoch_has_every_block_once(lengths: list[int], batch_size: int, seed: int) -> None:
     blocks = [Block([0] * n, [0] * n) for n in lengths]
     for epoch in range(3):
-        assert sorted(loop._order(blocks, config(batch_size=batch_size, seed=seed), epoch)) == list(range(len(blocks)))
+        assert sorted(order(blocks, config(batch_size=batch_size, seed=seed), epoch)) == list(range(len(blocks)))
 
 
 def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
     blocks = [Block([0] * n, [0] * n) for n in range(1, 41)]
-    orders = [loop._order(blocks, config(seed=seed), epoch) for seed in range(3) for epoch in range(3)]
-    assert len({tuple(order) for order in orders}) == 9
-    assert orders[0] == loop._order(blocks, config(seed=0), 0)
+    orders = [order(blocks, config(seed=seed), epoch) for seed in range(3) for epoch in range(3)]
+    assert len(set(map(tuple, orders))) == 9
+    assert orders[0] == order(blocks, config(seed=0), 0)
 
 
 def test_rows_of_like_length_share_a_batch() -> None:
     blocks = [Block([0] * n, [0] * n) for n in [*range(1, 33)] * 4]
     chosen = config(batch_size=4)
-    order = loop._order(blocks, chosen, 0)
-    lengths = [[len(blocks[j].input_ids) for j in order[i : i + 4]] for i in range(0, 128, 4)]
+    rows = order(blocks, chosen, 0)
+    lengths = [[len(blocks[j].input_ids) for j in rows[i : i + 4]] for i in range(0, 128, 4)]
     padding = sum(max(row) * 4 - sum(row) for row in lengths)
     assert padding < 0.1 * sum(map(sum, lengths))  # of random batches more than half would be padding
     assert lengths != sorted(lengths)
@@ -479,8 +486,8 @@ def test_what_a_run_reports() -> None:
 
 
 def batches_of(chosen: ln.TrainConfig) -> list[tuple[list, list]]:
-    forwards = loop._forwards(PAIRS.encode(TOKENIZER, chosen.seq_len), PAD, chosen)
-    return [(ids.tolist(), labels.tolist()) for ids, labels in (next(forwards) for _ in range(chosen.max_steps))]
+    forwards = Sampler(PAIRS.encode(TOKENIZER, chosen.seq_len), chosen, PAD)
+    return [(batch.input_ids.tolist(), batch.labels.tolist()) for batch in map(forwards.forward, range(chosen.max_steps))]
 
 
 def test_a_run_of_no_step_shows_itself_too() -> None:
