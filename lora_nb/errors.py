@@ -42,7 +42,7 @@ class TrainingError(LoraNbError, RuntimeError):
     """Training that cannot start, or cannot go on without harm."""
 
 
-class OutOfMemoryError(TrainingError):
+class OutOfMemoryError(LoraNbError, MemoryError):
     """A training step that the device's memory does not hold; the message says what would fit."""
 
 

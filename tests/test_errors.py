@@ -15,6 +15,7 @@ BUILT_IN = {
     errors.AdapterFileError: Exception,
     errors.DatasetError: ValueError,
     errors.TrainingError: RuntimeError,
+    errors.OutOfMemoryError: MemoryError,
     errors.LatencyError: ValueError,
 }
 

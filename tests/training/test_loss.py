@@ -317,12 +317,14 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 
 def test_micro_batches_are_one_batch() -> None:
+    """To 1e-6 of each gradient's length: a single number of it that is small by cancellation may be off by more, in fp32."""
     model, (ids, labels) = tiny_llama(), batch(6)
     ln.attach(model, ln.LoraConfig(r=2, lora_alpha=6))
     fill(model)
     whole = gradients(model, loss_sum(model, ids, labels))
     parts = sum(loss_sum(model, ids[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4))
-    torch.testing.assert_close(gradients(model, parts), whole, rtol=1e-5, atol=1e-6)
+    for name, made in gradients(model, parts).items():
+        assert (made - whole[name]).norm() <= 1e-6 * whole[name].norm()
 
 
 def test_compiled_backbone_and_compiled_whole() -> None:
