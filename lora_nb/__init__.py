@@ -22,6 +22,8 @@ from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
 from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_latency
 from lora_nb.loralib import load_loralib
+from lora_nb.memory.estimate import estimate
+from lora_nb.memory.report import Estimate
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.routing import rows
 from lora_nb.showing import Source, show
@@ -41,6 +43,7 @@ __all__ = [
     "BottleneckConfig",
     "ConflictReport",
     "Dataset",
+    "Estimate",
     "Evaluation",
     "LatencySweep",
     "LatencyTable",
@@ -61,6 +64,7 @@ __all__ = [
     "detach",
     "disabled",
     "errors",
+    "estimate",
     "evaluate",
     "fingerprint",
     "generate",

@@ -1,0 +1,335 @@
+"""What autograd keeps of one transformer block until the backward pass, operation by operation.
+
+PyTorch keeps of an operation what its derivative needs, and only where a gradient flows:
+
+    y = x Wᵀ          x if W or an adapter trains, nothing if W is frozen
+    y = a ⊙ b         b if a gets a gradient, a if b does
+    silu, gelu        their input;   tanh, softmax, relu: their output
+    norms             their input; in fp32 where they compute in fp32, which for 16-bit models is a copy
+    flash attention   q, k, v, its output, and one number a head and token;  written out: the probabilities, (heads, seq) a token
+
+A tensor that several operations keep is there once, so each has a name here. Sizes are counted in bytes a token by what
+they are a multiple of: h the width, f the MLP's, q and k the queries' and the keys', a the heads, s·a the probabilities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_nb.memory.shapes import Linear, Shape, Stack
+
+MATH_COPIES = 4  # bytes: PyTorch's own attention without a fused kernel computes in fp32
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the products of a step are written.
+
+    Args:
+        element: bytes of a weight and of an activation; `adapter`: of an adapter's parameter.
+        summed: with many rows in fp32 the effective weight W + s·BA is formed and kept, one copy of each adapted weight, and
+            x Aᵀ is computed again instead of kept.
+        transformers: the models are transformers'; else litgpt's, where q, k and v are one product, keys and values are
+            repeated for each query head, GELU is one operation in all its forms, and models have no dropout of their own.
+        mask: bytes of an entry of a dropout's mask.
+        flash: whether attention with dropout has a fused kernel, too.
+    """
+
+    element: int
+    adapter: int
+    summed: bool = True
+    transformers: bool = True
+    mask: int = 1
+    flash: bool = True
+
+    @property
+    def converts(self) -> bool:
+        """An adapter keeps a copy of its input in its own type, each its own."""
+        return self.adapter != self.element
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What trains in one block: rank by path of the linear layer; bottlenecks as (width of the bottleneck, what it reads) a sublayer."""
+
+    ranks: tuple[tuple[str, int], ...] = ()
+    dropout: float = 0.0
+    dora: bool = False
+    slow: bool = False
+    bottlenecks: tuple[tuple[str, int, str], ...] = ()
+    everything: bool = False
+
+    @property
+    def any(self) -> bool:
+        return bool(self.ranks or self.bottlenecks or self.everything)
+
+
+@dataclass
+class Kept:
+    """Bytes a token by what for and by what they are a multiple of; `fixed`, bytes whatever the tokens."""
+
+    by_label: dict[str, dict[str, float]] = field(default_factory=dict)
+    fixed: int = 0
+
+    def add(self, label: str, of: str, count: float) -> None:
+        counts = self.by_label.setdefault(label, {})
+        counts[of] = counts.get(of, 0) + count
+
+    def count(self, label: str, of: str) -> float:
+        return self.by_label.get(label, {}).get(of, 0)
+
+    def per_token(self, sizes: dict[str, int]) -> float:
+        return sum(count * sizes[of] for counts in self.by_label.values() for of, count in counts.items())
+
+    def text(self) -> str:
+        """For example `norms 8h + attention 4q + 4k + 4a + MLP 6f`."""
+        return " + ".join(f"{label} {_sum(counts)}" for label, counts in self.by_label.items() if any(counts.values()))
+
+
+def _sum(counts: dict[str, float]) -> str:
+    return " + ".join(f"{count:g}{of}" for of, count in counts.items() if count)
+
+
+class Walk:
+    """One pass through a block, in the order of its operations; `flows` has the tensors that get a gradient."""
+
+    def __init__(self, shape: Shape, stack: Stack, way: Way, adapters: Adapters, *, flows: bool, attention: str, many: bool) -> None:
+        self.shape, self.stack, self.way, self.adapters, self.attention, self.many = shape, stack, way, adapters, attention, many
+        self.kept, self.seen = Kept(), set[str]()
+        self.flows = {"x"} if flows else set[str]()
+        self.ranks, self.e = dict(adapters.ranks), way.element
+        self.linears = {linear.path: linear for linear in stack.linears}
+
+    def run(self) -> bool:
+        """Whether a gradient flows out of the block."""
+        for step in (self.parallel,) if self.shape.order.startswith("beside") else (self.attend, self.cross, self.feed):
+            step()
+        return "x" in self.flows
+
+    # The sublayers
+
+    def attend(self) -> None:
+        first = self._named("q_proj", "qkv_proj", "c_attn", "query_key_value", "query", "SelfAttention.q")
+        self._sublayer("attention", lambda x: self._attention(x, x, first))
+
+    def cross(self) -> None:
+        if self.stack.cross:
+            self.flows |= {"encoder"} if self.adapters.any or "x" in self.flows else set()
+            self._sublayer("cross-attention", lambda x: self._attention(x, "encoder", self._named("EncDecAttention.q")))
+
+    def feed(self) -> None:
+        self._sublayer("mlp", self._mlp)
+
+    def parallel(self) -> None:
+        """x + attention(norm x) + mlp(norm x), with one norm or two."""
+        one = self.norm("x", "normed")
+        attended = self._attention(one, one, self._named("q_proj", "query_key_value"))
+        two = self.norm("x", "normed too") if self.shape.order == "beside-two" else one
+        fed = self._mlp(two)
+        for name in (attended, fed):
+            self.dropout(name)
+        self._sum("x", attended, fed)
+
+    def _sublayer(self, name: str, inner: object) -> None:
+        """One sublayer with its norms, its bottleneck and its sum."""
+        post, around = self.shape.order == "post", self.shape.order == "around"
+        reads = "x" if post else self.norm("x", f"{name} in")
+        out = inner(reads)  # type: ignore[operator]
+        self.dropout(out)
+        if around:
+            out = self.norm(out, f"{name} out")
+        out = self.bottleneck(name, out)
+        self._sum("x", out)
+        if post:
+            self.norm("x", f"{name} normed")
+            self._rename("x", f"{name} normed")
+
+    def _rename(self, name: str, now: str) -> None:
+        """The residual stream is from here on what another operation gave."""
+        (self.flows.add if now in self.flows else self.flows.discard)(name)
+        self.seen = {f"{name} before {now}" if key == name else key for key in self.seen} | ({name} if now in self.seen else set())
+
+    def _sum(self, name: str, *more: str) -> None:
+        """name ← name + more, a new tensor."""
+        if any(m in self.flows for m in more):
+            self.flows.add(name)
+        self.seen.discard(name)
+
+    # The operations
+
+    def keep(self, name: str, label: str, of: str, count: float) -> None:
+        if name not in self.seen:
+            self.seen.add(name)
+            self.kept.add(label, of, count)
+
+    def norm(self, x: str, out: str, of: str = "h") -> str:
+        kind, trains = self.shape.norm, self.adapters.everything
+        if x in self.flows or trains:
+            self.flows.add(out)
+            converted = self.e != 4 and kind != "layer"
+            self.keep(f"{x} in fp32 for {out}" if converted else x, "norms", of, 4 if converted or self.e == 4 else self.e)
+            if kind == "t5" and converted:
+                self.keep(x, "norms", of, self.e)
+            if trains and kind != "layer":
+                self.keep(f"{out} unscaled", "norms", of, 4 if kind == "gemma" else self.e)
+        return out
+
+    def linear(self, x: str, linear: Linear, out: str, of: str) -> str:
+        """`of` is what the input's width is a multiple of."""
+        r = self.ranks.get(linear.path, 0)
+        if x in self.flows or r or self.adapters.everything:
+            self.flows.add(out)
+        if self.adapters.everything:
+            self.keep(x, "inputs of linears", of, self.e)
+        if r:
+            self.adapted(x, linear, of, r)
+        return out
+
+    def adapted(self, x: str, linear: Linear, of: str, r: int) -> None:
+        """x ↦ W x + s · B A x."""
+        way, dropped = self.way, self.adapters.dropout > 0
+        size = way.adapter if way.converts else self.e
+        own = way.summed and not way.converts and not dropped and not self.adapters.slow  # forward and backward of our own
+        if dropped or way.converts:
+            self.kept.add("adapters", of, size)
+        else:
+            self.keep(x, "adapters", of, size)
+        if dropped:
+            self.kept.add("adapters", of, way.mask if way.mask == 1 else size)
+        if own and self.e == 4 and self.many:
+            self.kept.fixed += 4 * linear.inputs * linear.outputs
+        if not own:
+            self.kept.add("adapters", "", size * r)
+        if self.adapters.dora:
+            self.kept.add("adapters", "", size * linear.outputs)
+
+    def bottleneck(self, sublayer: str, x: str) -> str:
+        """x ↦ x + s · U f(D h)."""
+        for place, m, reads in self.adapters.bottlenecks:
+            if place != sublayer:
+                continue
+            seen = {"output": x, "residual": "x"}.get(reads, f"{x} + x")
+            if not self.way.converts:
+                self.keep(seen, "adapters", "h", self.e)
+            else:
+                self.kept.add("adapters", "h", self.way.adapter)
+            self.kept.add("adapters", "", 2 * self.way.adapter * m)
+            self.flows.add(x)
+        return x
+
+    def dropout(self, x: str) -> None:
+        if self.shape.dropouts[0] and x in self.flows and self.way.transformers:
+            self.kept.add("dropout", "h", self.way.mask)
+            self.seen.discard(x)
+
+    def _named(self, *ends: str) -> str:
+        return next(path for end in ends for path in self.linears if path == end or path.endswith("." + end))
+
+    def _attention(self, x: str, memory: str, first: str) -> str:
+        """`first` is the path of the projection that gives the queries, or all three."""
+        start = first.rsplit(".", 1)[0]
+        if self.shape.order == "post":
+            start = start.rsplit(".", 1)[0]
+        inside = [linear for path, linear in self.linears.items() if path.startswith(start + ".")]
+        *into, back = inside
+        names = []
+        for linear, name in zip(into, "qkv", strict=False):
+            reads = x if name == "q" else memory
+            names.append(self.linear(reads, linear, f"{start} {name}", "h"))
+        if len(into) == 1:
+            names = [names[0]] * 3
+        together = len(into) == 1 or not self.way.transformers
+        if any(name in self.flows for name in names):
+            if together:
+                self.flows |= {f"{start} qkv"}
+            out = self._scores(start, names, together=together)
+            self.flows.add(out)
+        else:
+            out = f"{start} out"
+        return self.linear(out, back, f"{start} projected", "q")
+
+    def _scores(self, start: str, names: list[str], *, together: bool) -> str:
+        """softmax(q kᵀ) v, by a fused kernel, by PyTorch's own operations in fp32, or written out by the model."""
+        e, kept, label = self.e, self.kept, "attention"
+        expands = not self.way.transformers and self.shape.kv_heads != self.shape.heads
+        if self.shape.qk_norm:
+            self._query_key_norms(start, names)
+        dropped = self.shape.dropouts[1] > 0
+        out = f"{start} out"
+        if self.attention == "eager":
+            kept.add(label, "q", 3 * e)  # q, and k and v repeated
+            probabilities = 4 + (e if e != 4 else 0) + (e if self.shape.attention_cap else 0)
+            probabilities += (self.way.mask if self.way.mask == 1 else e) + e if dropped and self.way.transformers else 0
+            kept.add(label, "s·a", probabilities)
+            return out
+        if dropped and not self.way.flash:
+            kept.add(label, "q", 3 * MATH_COPIES)
+            kept.add(label, "s·a", 3 * MATH_COPIES)  # probabilities, mask, and what the mask leaves
+            return out
+        if expands:
+            kept.add(label, "q", 3 * e)
+        else:
+            if self.shape.rotary or not together:
+                kept.add(label, "q", e)
+                kept.add(label, "k", e if together else 2 * e)
+            if together:  # v is a part of the product that gave all three, which is kept whole
+                kept.add(label, "q", e)
+                kept.add(label, "k", 2 * e)
+        self.keep(out, label, "q", e)
+        kept.add(label, "a", 4)
+        return out
+
+    def _query_key_norms(self, start: str, names: list[str]) -> None:
+        for name, of in zip(names[:2], ("q", "k"), strict=True):
+            self.norm(name, f"{name} normed", of)
+
+    def _mlp(self, x: str) -> str:
+        if self.shape.experts != (1, 1):
+            return self._experts(x)
+        inside = [linear for path, linear in self.linears.items() if self._is_mlp(path)]
+        *into, back = inside
+        names = [self.linear(x, linear, f"mlp {i}", "h") for i, linear in enumerate(into)]
+        activated = self._activation(names[0])
+        if self.shape.gated:
+            activated = self._product(activated, names[-1], fused=len(into) == 1)
+        return self.linear(activated, back, "mlp out", "f")
+
+    def _is_mlp(self, path: str) -> bool:
+        return path.partition(".")[0] in {"mlp", "intermediate"} or "DenseReluDense" in path or path == "output.dense"
+
+    def _activation(self, x: str) -> str:
+        kind, kept, label, out = self.shape.activation, self.kept, "MLP", "mlp activated"
+        if x not in self.flows:
+            return out
+        self.flows.add(out)
+        if kind == "relu":
+            self.keep(out, label, "f", self.e)
+        else:
+            self.keep(x, label, "f", self.e)
+        if kind in {"gelu_new", "gelu_fast", "gelu_python"} and self.way.transformers:
+            kept.add(label, "f", 3 * self.e)  # ½x, tanh(…) and 1 + tanh(…)
+        return out
+
+    def _product(self, activated: str, up: str, *, fused: bool) -> str:
+        """act ⊙ up; where both come out of one product, `up` lies in what the activation keeps already, twice as wide."""
+        out = "mlp product"
+        if up in self.flows or activated in self.flows:
+            self.flows.add(out)
+        if activated in self.flows:
+            if fused:
+                self.kept.add("MLP", "f", self.e)
+            else:
+                self.keep(up, "MLP", "f", self.e)
+        if up in self.flows:
+            self.keep(activated, "MLP", "f", self.e)
+        return out
+
+    def _experts(self, x: str) -> str:
+        """Every token through some of the experts, whose weights lie in one parameter."""
+        if x in self.flows or self.adapters.everything:
+            self.flows.add("mlp out")
+            per, e, train = self.shape.experts[1], self.e, self.adapters.everything
+            self.kept.add("experts", "f", per * e * (3 + train))  # gate, up, act(gate); their product where weights train
+            self.kept.add("experts", "h", per * e * (1 + train))  # what the router weighs; the tokens, sorted
+            self.keep(x, "experts", "h", e if train else 0)
+        return "mlp out"
