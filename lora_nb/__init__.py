@@ -14,6 +14,7 @@ from lora_nb.attach import attach, detach, disabled, parameters, set_active
 from lora_nb.attach_report import AttachReport
 from lora_nb.bases import fingerprint, load
 from lora_nb.checkpoint import load_adapter, save
+from lora_nb.checks import check
 from lora_nb.combine import combine
 from lora_nb.configs import Block, BottleneckConfig, LoraConfig, Sublayer, TrainConfig
 from lora_nb.conflicts import ConflictReport, conflicts
@@ -58,6 +59,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "attach",
+    "check",
     "combine",
     "conflicts",
     "dataset",

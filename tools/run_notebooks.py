@@ -36,12 +36,17 @@ def _is_progress(output: nbformat.NotebookNode) -> bool:
     return widget or (output.output_type == "stream" and output.name == "stderr")
 
 
+def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
+    """From top to bottom, in a fresh kernel that starts in `folder`."""
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return tidy(notebook)
+
+
 def main() -> None:
     paths = [Path(a) for a in sys.argv[1:]] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in paths:
         notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-        nbformat.write(tidy(notebook), path)
+        nbformat.write(run(notebook, path.parent), path)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s")
 
 
