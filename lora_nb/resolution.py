@@ -208,7 +208,7 @@ def _expert(path: str, module: nn.Module, names: list[str], config: LoraConfig) 
 
 
 def _tokens(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module]) -> list[Target]:
-    """`trainable_token_indices`, with the output head where it is tied to the embedding."""
+    """`trainable_token_indices`, with what is tied to the input embedding where that is named, as in PEFT."""
     if config.trainable_token_indices is None:
         return []
     found: dict[str, Sequence[int]] = {}
@@ -222,12 +222,20 @@ def _tokens(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Modul
         size = modules[path].weight.shape[0]  # type: ignore[index]
         if max(indices) >= size:
             raise TargetError(f"trainable_token_indices has token {max(indices)}, but {path!r} has {size}: 0 to {size - 1}.")
-    for path in _partners(modules, {p: modules[p] for p in found}):
+    embedding = _input_embedding(model)
+    together = embedding is None or any(modules[p] is embedding for p in found)
+    for path in _partners(modules, {p: modules[p] for p in found}) if together else ():
         found[path] = next(i for p, i in found.items() if modules[p].weight is modules[path].weight)
     plain = [_token_target(p, modules[p], found[p], tied=False) for p in modules if p in found]
     return [
-        replace(_token_target(t.name, t.module, found[t.name], tied=True), shares=t.shares) if t.shares else t for t in _same(plain, found)
+        replace(_token_target(t.name, t.module, found[t.name], tied=True), shares=t.shares) if t.shares else t
+        for t in (_same(plain, found) if together else plain)
     ]
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)  # of transformers' models
+    return cast("nn.Module | None", get()) if get else None
 
 
 def _same(targets: list[Target], found: Mapping[str, Sequence[int]]) -> list[Target]:
@@ -248,6 +256,6 @@ def _by_module(
     """Numbers alone mean the input embedding."""
     if isinstance(tokens, Mapping):
         return tokens
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = _input_embedding(model)
     path = next((p for p, m in modules.items() if m is embedding), "embed_tokens")
     return {path: tokens}

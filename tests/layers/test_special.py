@@ -289,6 +289,14 @@ def test_a_token_that_two_rows_are_asked_for_keeps_to_its_own() -> None:
     assert set(adapters(model).reports["default"].matched) >= {"model.embed_tokens", "lm_head"}
 
 
+def test_the_head_alone_of_a_tied_pair_keeps_its_rows_to_itself() -> None:
+    """As in PEFT: only rows of the input embedding are the head's as well."""
+    model = tiny_llama(tied=True)
+    report = ln.attach(model, ln.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]}))
+    assert [path for path, m in report.matched.items() if m.method == "1 tokens"] == ["lm_head"]
+    assert report.notes == ("lm_head shares its weight with model.embed_tokens in the base; this adapter changes it for lm_head alone.",)
+
+
 def test_indices_travel_with_the_device_and_the_type() -> None:
     model = tiny_llama()
     ln.attach(model, ln.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=TOKENS))
