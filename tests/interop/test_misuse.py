@@ -45,7 +45,7 @@ SETTINGS_THAT_MEAN_NOTHING = {
     "exclude_modules misspelt": ({"target_modules": "all-linear", "exclude_modules": ["k_prj"]}, "warning", "Did you mean 'k_proj'?"),
     "a layer that is not there": (
         {"layers_to_transform": [1, 5]},
-        "warning",
+        "silence",
         "layer 5, but among the modules targeted there are layers 0 to 2",
     ),
     "a rank_pattern that matches nothing": ({"rank_pattern": {"k_proj": 2}}, "warning", "rank_pattern has the key 'k_proj'"),
