@@ -61,10 +61,10 @@ class ConflictReport:
 
     def _table(self, pair: Pair) -> tuple[list[str], list[list[str | float]]]:
         """Means over the layers, a row for each kind of module."""
-        measures, places = self._measures(pair), _places(list(self.cosine[pair]))
+        measures, at = self._measures(pair), places(list(self.cosine[pair]))
         rows: list[list[str | float]] = []
-        for kind in dict.fromkeys(kind for kind, _ in places.values()):
-            paths = [path for path, (k, _) in places.items() if k == kind]
+        for kind in dict.fromkeys(kind for kind, _ in at.values()):
+            paths = [path for path, (k, _) in at.items() if k == kind]
             rows.append([kind, *(fmean(by[path] for path in paths) for by in measures.values())])
         return ["module, mean over layers", *measures], rows
 
@@ -80,10 +80,10 @@ class ConflictReport:
 
     def _maps(self, pair: Pair) -> str:
         """A heat map of each measure, kind of module × layer."""
-        places = _places(list(self.cosine[pair]))
-        rows, columns = (list(dict.fromkeys(place[i] for place in places.values())) for i in (0, 1))
+        at = places(list(self.cosine[pair]))
+        rows, columns = (list(dict.fromkeys(place[i] for place in at.values())) for i in (0, 1))
         maps = [
-            svg_heatmap(rows, columns, {places[path]: value for path, value in by.items()}, f"{heading}, by module and layer")
+            svg_heatmap(rows, columns, {at[path]: value for path, value in by.items()}, f"{heading}, by module and layer")
             for heading, by in self._measures(pair).items()
         ]
         return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(maps)}</div>'
@@ -93,7 +93,7 @@ def _title(pair: Pair) -> str:
     return f"adapters {pair[0]!r} and {pair[1]!r}"
 
 
-def _places(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
+def places(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Path → (kind of module, number of its layer): `model.layers.3.mlp.up_proj` is `up_proj` of layer 3."""
     numbers = {path: re.search(r"(?<![^.])\d+(?=\.)", path) for path in paths}
     kinds = {path: f"{path[: n.start()]}*{path[n.end() :]}" if n else path for path, n in numbers.items()}
