@@ -71,7 +71,7 @@ def test_embedded_model_stays_small(wheel):
 
 @pytest.mark.slow
 def test_sdist_has_what_a_maintainer_needs(sdist):
-    assert sdist.keys() >= tracked("lora_nb", "notebooks", "tests", "benchmarks", "tools", "binder")
+    assert sdist.keys() >= tracked("lora_nb", "notebooks", "tests", "benchmarks", "tools", "widgets", "binder")
     assert sdist.keys() >= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"}
 
 

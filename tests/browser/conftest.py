@@ -1,0 +1,89 @@
+"""A page in a real browser that keeps what it logs and what it asks for, and fails the test on an error or a far request."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+AXE = ROOT / "widgets/node_modules/axe-core/axe.min.js"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+THEMES = {"light": ("true", "#fff", "#000000de"), "dark": ("false", "#111", "#ffffffde")}
+MOUNT = """async ([esm, css, state]) => {
+  const plain = Object.fromEntries(Object.entries(state).map(([name, value]) => [name, value?.base64 === undefined ? value
+    : new DataView(Uint8Array.from(atob(value.base64), (c) => c.charCodeAt(0)).buffer)]));
+  const heard = {};
+  window.model = {
+    get: (name) => plain[name],
+    on: (event, callback) => (heard[event] ??= new Set()).add(callback),
+    off: (event, callback) => heard[event]?.delete(callback),
+    set: (name, value) => { plain[name] = value; heard[`change:${name}`]?.forEach((callback) => callback()); },
+    heard,
+  };
+  document.head.append(Object.assign(document.createElement('style'), { textContent: css }));
+  const url = URL.createObjectURL(new Blob([esm], { type: 'text/javascript' }));
+  window.stop = await (await import(url)).default.render({ model, el: document.getElementById('root') });
+}"""
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        launched = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page of its own. What it logs as an error, or asks of another machine, fails the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    made = context.new_page()
+    errors: list[str] = []
+    far: list[str] = []
+    made.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    made.on("pageerror", lambda error: errors.append(str(error)))
+    made.on("request", lambda r: far.append(r.url) if urlsplit(r.url).hostname not in (None, "localhost", "127.0.0.1", "") else None)
+    yield made
+    context.close()
+    assert errors == []
+    assert far == []
+
+
+@pytest.fixture
+def mount(page: Any) -> Callable[..., None]:
+    """Shows a chart of `lora_nb.jupyter.charts` on a page without Jupyter, as anywidget would."""
+
+    def show(chart: Any, theme: str = "light") -> None:
+        light, ground, text = THEMES[theme]
+        page.set_content(
+            f'<html lang="en"><title>chart</title><body data-jp-theme-light="{light}" style="background:{ground};color:{text}">'
+            '<main><h1>chart</h1><div id="root"></div></main></body></html>'
+        )
+        names = (name for name in chart.keys if not name.startswith("_") and name not in ("layout", "tabbable", "tooltip"))
+        state = {name: getattr(chart, name) for name in names}
+        sent = {n: {"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for n, v in state.items()}
+        page.evaluate(MOUNT, [str(chart._esm), str(chart._css), json.loads(json.dumps(sent))])
+
+    return show
+
+
+@pytest.fixture
+def axe(page: Any) -> Callable[..., list[str]]:
+    """Serious and critical findings of axe-core, in one element of the page."""
+
+    def findings(selector: str = "body") -> list[str]:
+        if not AXE.exists():
+            pytest.skip("needs axe-core: npm ci in widgets/")
+        page.add_script_tag(content=AXE.read_text(encoding="utf-8"))
+        found = page.evaluate("(where) => axe.run(where)", selector)["violations"]
+        grave = [v for v in found if v["impact"] in ("serious", "critical")]
+        return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]
+
+    return findings
