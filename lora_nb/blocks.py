@@ -165,7 +165,9 @@ def collate(rows: Sequence[Block], pad_id: int) -> Batch:
         ids[k, : len(row.input_ids)] = torch.tensor(row.input_ids)
         labels[k, : len(row.labels)] = torch.tensor(row.labels)
         if positions is not None:
-            positions[k, : len(row.input_ids)] = torch.tensor(row.positions or range(len(row.input_ids)))
+            places = list(row.positions or range(len(row.input_ids)))
+            # Padding goes on with the last document: one of its own for each of its tokens would cost attention more.
+            positions[k] = torch.tensor([*places, *range(places[-1] + 1, places[-1] + 1 + longest - len(places))])
     return Batch(ids, labels, positions)
 
 

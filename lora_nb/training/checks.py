@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -13,7 +14,10 @@ from lora_nb.blocks import IGNORE, Batch, Block
 from lora_nb.errors import TrainingError
 from lora_nb.training.loss import predictions
 from lora_nb.training.optim import named_trainable, trainable
+from lora_nb.training.packing import apart
 from lora_nb.training.run import Run, Step
+
+Path = Callable[[Any], AbstractContextManager[None]]
 
 
 def refuse_no_gradient(model: nn.Module, loss: float) -> None:
@@ -70,27 +74,42 @@ class Movement:
             )
 
 
+def packed_path(model: nn.Module, blocks: Sequence[Block], *, by_document: bool) -> Path:
+    """The way to compute packed rows on which no document sees another: attention by documents, or else a mask by positions.
+
+    Each is tried on two short documents: packed, each loss must be what it is apart.
+
+    Raises:
+        TrainingError: on neither way.
+    """
+    leak = ""
+    ways: tuple[Path, ...] = (apart, nullcontext) if by_document else (nullcontext,)
+    for way in ways:
+        if not (leak := _leak(model, blocks, way)):
+            return way
+    raise TrainingError(
+        f"packing=True: in {type(model).__name__} the documents of a packed row see each other ({leak}). Set packing=False; rows of "
+        "like length share a batch all the same."
+    )
+
+
 @torch.no_grad()
-def refuse_leaks(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Raise if documents of a packed row see each other in this model: tried on two short ones, apart, packed, and run together."""
+def _leak(model: nn.Module, blocks: Sequence[Block], way: Path) -> str:
+    """What goes wrong on this way; empty if nothing does. What it takes for wrong is set by what seeing each other would change."""
     device, training, size = next(model.parameters()).device, model.training, 6
     tokens = [t for b in (blocks[0], blocks[-1]) for t in (*b.input_ids, *b.input_ids * size)[:size]]
-    apart = torch.tensor(tokens, device=device).view(2, size)
-    labels = apart.clone()
+    alone = torch.tensor(tokens, device=device).view(2, size)
+    labels = alone.clone()
     labels[:, 0] = IGNORE  # what comes before it differs
-    places = torch.arange(size, device=device).repeat(1, 2)
+    row, goals, places = alone.view(1, -1), labels.view(1, -1), torch.arange(size, device=device).repeat(1, 2)
     model.eval()
     try:
-        alone = predictions(model, apart, labels)[0]
-        packed = predictions(model, apart.view(1, -1), labels.view(1, -1), places)[0]
-        mixed = predictions(model, apart.view(1, -1), labels.view(1, -1))[0]
-    except TypeError as error:  # no argument of that name
-        raise TrainingError(f"packing=True: {type(model).__name__} does not take position_ids ({error}). Set packing=False.") from error
+        expected, mixed = predictions(model, alone, labels)[0], predictions(model, row, goals)[0]
+        with way(model):
+            packed = predictions(model, row, goals, places)[0]
+    except (TypeError, KeyError) as error:  # positions are not taken, or do not reach attention
+        return f"it takes no position_ids: {error}"
     finally:
         model.train(training)
-    leak, effect = (packed - alone).abs().max(), (mixed - alone).abs().max()
-    if leak > 0.5 * effect and leak > 1e-5:
-        raise TrainingError(
-            f"packing=True: in {type(model).__name__} the documents of a packed row see each other (losses differ by up to "
-            f"{float(leak):.2g}). Set packing=False; rows of like length share a batch all the same."
-        )
+    leak, effect = (packed - expected).abs().max(), (mixed - expected).abs().max()
+    return f"losses differ by up to {float(leak):.2g}" if leak > 1e-5 and leak > 0.5 * effect else ""

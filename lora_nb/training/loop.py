@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from lora_nb.datasets import Dataset
 from lora_nb.errors import OutOfMemoryError
 from lora_nb.training import distributed
 from lora_nb.training.callbacks import Callback, Watchers
-from lora_nb.training.checks import Movement, refuse_leaks, refuse_no_gradient, refuse_not_finite
+from lora_nb.training.checks import Movement, Path, packed_path, refuse_no_gradient, refuse_not_finite
 from lora_nb.training.evaluation import evaluate_blocks
 from lora_nb.training.loss import loss_sum
 from lora_nb.training.memory_use import explained, forget_peak, is_out_of_memory, memory_by_part, peak_memory
@@ -131,6 +131,7 @@ class Work:
     optimizer: torch.optim.Optimizer
     precision: Precision
     keeper: Keeper
+    path: Path  # how packed rows are computed
 
     def memory(self) -> dict[str, int]:
         """Bytes by part, at the peak so far."""
@@ -140,8 +141,9 @@ class Work:
 def _prepare(model: nn.Module, blocks: list[Block], pad_id: int, config: TrainConfig) -> Work:
     """Everything before the first step."""
     share, device = distributed.start(), next(model.parameters()).device
+    path: Path = nullcontext
     if config.packing:
-        refuse_leaks(model, blocks)
+        path = packed_path(model, blocks, by_document=not config.compile)
         blocks = pack(blocks, config.seq_len)
     distributed.same_start(trainable(model))
     forget_peak(device)
@@ -149,7 +151,7 @@ def _prepare(model: nn.Module, blocks: list[Block], pad_id: int, config: TrainCo
     optimizer, precision = make_optimizer(model, config), Precision(config, model, device)
     keeper = Keeper(model, optimizer, precision, run, blocks)
     sampler = Sampler(blocks, config, pad_id, device, share)
-    return Work(model, config, run, total_steps(len(blocks), config), device, sampler, optimizer, precision, keeper)
+    return Work(model, config, run, total_steps(len(blocks), config), device, sampler, optimizer, precision, keeper, path)
 
 
 def _turns(work: Work) -> Generator[Step, None, None]:
@@ -193,7 +195,7 @@ def _accumulate(work: Work, micro: Sequence[Batch], number: int) -> tuple[float,
     count, tokens = distributed.summed([labelled, sum(batch.input_ids.numel() for batch in micro)], work.device)
     total, full = torch.zeros((), device=work.device), ""
     try:
-        with _drawing(work, number):
+        with work.path(work.model), _drawing(work, number):
             for batch in micro:
                 with work.precision.autocast():
                     loss = loss_sum(work.model, batch.input_ids, batch.labels, batch.positions) / max(1, count)
