@@ -30,6 +30,10 @@ class AdapterFileError(LoraNbError):
     """A saved adapter that cannot be written, or cannot be trusted when read."""
 
 
+class QuantizationError(LoraNbError, ValueError):
+    """A weight in few bits that is damaged, does not fit, or cannot be made."""
+
+
 class DatasetError(LoraNbError, ValueError):
     """Training data that is missing, empty, too short or of another form than expected."""
 

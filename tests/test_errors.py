@@ -13,6 +13,7 @@ BUILT_IN = {
     errors.AdapterError: ValueError,
     errors.BaseModelError: Exception,
     errors.AdapterFileError: Exception,
+    errors.QuantizationError: ValueError,
     errors.DatasetError: ValueError,
     errors.TrainingError: RuntimeError,
     errors.OutOfMemoryError: MemoryError,
