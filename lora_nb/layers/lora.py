@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora_init import start
 from lora_nb.layers.lora_linear import is_plain, lora_linear
-from lora_nb.layers.matrix import is_conv1d, matrix, unmatrix
+from lora_nb.layers.matrix import is_conv1d, matrix, shape, unmatrix
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
 
@@ -67,7 +67,7 @@ class LoraWeights(Part):
     @staticmethod
     def shapes(base: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and of B."""
-        fan_out, fan_in = matrix(base).shape
+        fan_out, fan_in = shape(base)
         return (r, fan_in), (fan_out, r)
 
     @torch.no_grad()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer
+from lora_nb.layers.linear4bit import dense_weight, is_quantized
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -23,9 +22,15 @@ def is_transposed(module: nn.Module) -> bool:
 
 def matrix(module: nn.Module) -> Tensor:
     """The weight as a matrix (out, fan-in): of a convolution (out, in·k…), of an embedding (width, vocabulary)."""
-    dense: Any = getattr(module, "weight_dense", None)  # of a layer in four bits
-    weight: Any = module.weight
-    return as_matrix(module, dense() if dense else weight)
+    return as_matrix(module, dense_weight(module))
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(out, fan-in), without unpacking a weight of few bits for it."""
+    if is_quantized(module):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    fan_out, fan_in = matrix(module).shape
+    return fan_out, fan_in
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
