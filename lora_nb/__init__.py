@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from lora_nb import errors
 from lora_nb.attach import attach, detach, disabled, parameters, set_active
 from lora_nb.attach_report import AttachReport
-from lora_nb.bases import fingerprint, load
+from lora_nb.bases import load
 from lora_nb.checkpoint import load_adapter, save
 from lora_nb.checks import check
 from lora_nb.combine import combine
-from lora_nb.configs import Block, BottleneckConfig, LoraConfig, Sublayer, TrainConfig
+from lora_nb.configs import Block, BottleneckConfig, LoraConfig, QuantConfig, Sublayer, TrainConfig
 from lora_nb.conflicts import ConflictReport, conflicts
 from lora_nb.datasets import Dataset, Pair, dataset
 from lora_nb.errors import LoraNbError
@@ -26,6 +26,8 @@ from lora_nb.loralib import load_loralib
 from lora_nb.memory.estimate import estimate
 from lora_nb.memory.report import Estimate
 from lora_nb.merge import MergeReport, merge, unmerge
+from lora_nb.origin import fingerprint
+from lora_nb.quantization import QuantReport, quantize
 from lora_nb.routing import rows
 from lora_nb.showing import Source, show
 from lora_nb.summary import AdapterSummary, inspect
@@ -52,6 +54,8 @@ __all__ = [
     "LoraNbError",
     "MergeReport",
     "Pair",
+    "QuantConfig",
+    "QuantReport",
     "Run",
     "Source",
     "Step",
@@ -77,6 +81,7 @@ __all__ = [
     "measure_latency",
     "merge",
     "parameters",
+    "quantize",
     "rows",
     "save",
     "set_active",

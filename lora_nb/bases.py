@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,32 +10,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lora_nb.errors import BaseModelError, nearest
+from lora_nb.configs import QuantConfig
+from lora_nb.errors import BaseModelError, QuantizationError, nearest
+from lora_nb.origin import base_parameters, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["base_name", "base_parameters", "fingerprint", "load"]
 
 EMBEDDED = {"tiny": Path(__file__).parent / "tiny"}
 
 
 def load(
-    name_or_path: str | Path = "tiny", *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name_or_path: str | Path = "tiny",
+    *,
+    quant: str | QuantConfig | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready for `attach`, in evaluation mode.
 
     Args:
         name_or_path: `"tiny"` (embedded, no download), a folder that transformers wrote, or a model id on the Hub.
-        dtype: of the weights. Default: float32 on a CPU, bfloat16 on a GPU.
+        quant: put the linear layers into few bits while they are read, one at a time: `"nf4"` or `"fp4"` in this package's layers,
+            `"bnb-nf4"`, `"bnb-fp4"` or `"bnb-int8"` in bitsandbytes', or a `QuantConfig`. A checkpoint that bitsandbytes' rules
+            have put into four bits is read as it is, into this package's layers unless `quant` asks for bitsandbytes'.
+        dtype: of the weights, and of the other ones where these are quantized. Default: float32 on a CPU, bfloat16 on a GPU.
         device: default: the GPU if there is one.
 
     Raises:
         BaseModelError: no such base, no network, no safetensors, weights that do not fit the model's code, or no such device.
+        ConfigError: `quant` is not known.
+        QuantizationError: nothing to quantize, or weights that are damaged.
     """
+    config = QuantConfig(quant_type=quant) if isinstance(quant, str) else quant  # type: ignore[arg-type]
     chosen = _device(device)
     dtype = dtype or (torch.float32 if chosen.type == "cpu" else torch.bfloat16)
     source = _source(str(name_or_path))
     with _no_bar() if str(name_or_path) in EMBEDDED else nullcontext():
-        model, tokenizer = _from_pretrained(str(name_or_path), source, dtype)
+        model, tokenizer = _from_pretrained(str(name_or_path), source, dtype, config, chosen)
     model.config._name_or_path = str(name_or_path)
     return model.to(chosen).eval(), tokenizer
 
@@ -98,21 +111,30 @@ def _check_folder(name: str, folder: Path) -> None:
         )
 
 
-def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _from_pretrained(name: str, source: str, dtype: torch.dtype, quant: QuantConfig | None, device: torch.device) -> tuple[Any, Any]:
     """transformers' own loading, its failures in our words, and nothing left at random values in silence."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    reading = None
     try:
+        base_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        reading = _reading(name, base_config, quant, device)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
+            config=base_config,
             dtype=dtype,
+            **({} if reading is None else {"quantization_config": reading}),
             use_safetensors=True,
             trust_remote_code=False,  # None would ask the person at the keyboard whether to run the model's own code
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (BaseModelError, QuantizationError):
+        raise
     except Exception as error:  # a damaged config or a network down raises whatever transformers stumbles over
+        if reading is not None and reading.refusal is not None:
+            raise reading.refusal from error
         raise BaseModelError(_explain(name, source, error)) from error
     model, info = loaded
     lost = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
@@ -121,9 +143,29 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype) -> tuple[Any, A
             f"{name!r} lacks {len(lost)} weights that its architecture {type(model).__name__} needs (such as {lost[0]!r}): the files are "
             "incomplete or belong to another model. Download or save them again."
         )
+    if reading is not None:
+        reading.finish(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _reading(name: str, base_config: Any, quant: QuantConfig | None, device: torch.device) -> Any:
+    """How to read a checkpoint of few bits, or into few bits; None where transformers does all of it."""
+    stored = getattr(base_config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) or stored is None else stored.to_dict()
+    four = stored is not None and stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(stored.get("load_in_4bit"))
+    if stored is not None and quant is not None and not four:
+        method = stored.get("quant_method", "another method")
+        raise BaseModelError(f"{name!r} is quantized already, by {method}: leave quant out, or give the base that it was made from.")
+    if stored is not None and four:
+        del base_config.quantization_config
+        quant = quant or QuantConfig(quant_type=stored.get("bnb_4bit_quant_type", "fp4"))
+    if quant is None:
+        return None
+    from lora_nb.quantized_reading import Reading
+
+    return Reading(quant, device, stored=stored is not None)
 
 
 def _explain(name: str, source: str, error: Exception) -> str:
@@ -163,24 +205,3 @@ def _causes(error: BaseException | None) -> set[str]:
 def base_name(model: nn.Module) -> str | None:
     """What the base was loaded as."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
-def base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's own parameters by name; adapters left out."""
-    return {name: p for name, p in model.named_parameters() if ".adapters." not in f".{name}"}
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """A hash of what the base is: class, parameter names, shapes, and 64 values of each weight, rounded to bfloat16.
-
-    Adapters do not change it, nor does loading in 16 instead of 32 bits (bfloat16); a base of the same shape with other
-    weights has another one.
-    """
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, p in sorted(base_parameters(model).items()):
-        flat = p.detach().flatten()
-        picks = (torch.arange(64) * (flat.numel() - 1) // 63).to(flat.device)  # whole numbers: the same on every machine
-        sample = flat[picks].to(torch.bfloat16).view(torch.int16).cpu() if flat.is_floating_point() else flat[picks].cpu()
-        digest.update(f"{name}{tuple(p.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:32]

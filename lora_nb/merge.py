@@ -25,6 +25,8 @@ from lora_nb.attach import STATE, acting, active_names, adapters, freeze, layers
 from lora_nb.attach_report import AttachReport
 from lora_nb.errors import AdapterError
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
+from lora_nb.layers.linear4bit import dense_weight, is_quantized
+from lora_nb.quantization import dense_layer, requantized_layer
 from lora_nb.render import html_table, text_table
 
 Into = Literal["dequantized", "original", "requantized"]
@@ -181,9 +183,9 @@ class Plan:
 
     def _before(self, path: str, layer: AdaptedLayer) -> dict[str, Tensor]:
         own = {n: p.detach() for n, p in layer._parameters.items() if p is not None}
-        if _is_packed(layer):
+        if is_quantized(layer.base):
             self.packed = True
-            own["weight"] = layer.weight_dense()
+            own["weight"] = dense_weight(layer.base)
             if self.originals is not None:
                 own["weight"] = _original(self.originals, path, own["weight"])
         return {n: p.float() if p.is_floating_point() else p for n, p in own.items()}
@@ -192,7 +194,7 @@ class Plan:
     def write(self, record: Merged, path: str, layer: AdaptedLayer) -> float:
         """Put the values in place; returns the share of the weight's update that arrived."""
         before, changed = self.values(path, layer)
-        if _is_packed(layer):
+        if is_quantized(layer.base):
             record.modules[path], arrived = layer.base, self._new_base(layer, changed)
         else:
             record.tensors[path], arrived = _rounded(layer, changed)
@@ -201,10 +203,10 @@ class Plan:
     def _new_base(self, layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> Tensor | None:
         """A new module beneath the layer; `layer.base` is it from now on."""
         bias = changed.get("bias", layer._parameters.get("bias"))
-        weight = changed.get("weight", layer.weight_dense().float())
-        new = layer.base.requantized(weight, bias) if self.into == "requantized" else layer.base.dense(weight, bias)  # type: ignore[operator]
+        weight = changed["weight"] if "weight" in changed else dense_weight(layer.base)
+        new = (requantized_layer if self.into == "requantized" else dense_layer)(layer.base, weight, bias)
         layer.__dict__["base"] = new
-        return cast("Tensor", new.weight_dense() if _is_packed(new) else new.weight)
+        return dense_weight(new)
 
 
 def _rounded(layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | None], Tensor | None]:
@@ -226,10 +228,6 @@ def _dtype(layer: AdaptedLayer, name: str) -> torch.dtype:
     kept = layer._parameters.get(name, layer._buffers.get(name))
     like = kept if kept is not None else next(p for p in layer._parameters.values() if p is not None)
     return like.dtype
-
-
-def _is_packed(module: nn.Module) -> bool:
-    return hasattr(module, "weight_dense")
 
 
 def _tensors(original: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lora_nb as ln
 from lora_nb.bases import EMBEDDED, base_name, base_parameters, fingerprint
@@ -154,12 +154,12 @@ class TestNames:
         class ProxyError(Exception):
             """As httpx has it: under none of Python's own network errors."""
 
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=ProxyError("403 Forbidden")))
+        monkeypatch.setattr(AutoConfig, "from_pretrained", Mock(side_effect=ProxyError("403 Forbidden")))
         assert "the Hub cannot be reached (ProxyError: 403 Forbidden)" in refusal("owner/model")
 
     def test_hub_without_such_a_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answer = OSError("owner/model is not a model identifier listed on 'https://huggingface.co/models'\nIf this is a private …")
-        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=answer))
+        monkeypatch.setattr(AutoConfig, "from_pretrained", Mock(side_effect=answer))
         message = refusal("owner/model")
         assert "is not a model identifier" in message
         assert "`hf auth login`" in message

@@ -4,6 +4,7 @@ from lora_nb.configs.adapterhub_json import from_adapterhub, from_blocks, from_i
 from lora_nb.configs.bottleneck import Block, BottleneckConfig, Sublayer
 from lora_nb.configs.lora import TASK_TYPES, LoraConfig
 from lora_nb.configs.peft_json import PEFT_UNUSED, from_peft, to_peft
+from lora_nb.configs.quant import QuantConfig
 from lora_nb.configs.training import TrainConfig
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Block",
     "BottleneckConfig",
     "LoraConfig",
+    "QuantConfig",
     "Sublayer",
     "TrainConfig",
     "from_adapterhub",
