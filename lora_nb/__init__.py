@@ -29,6 +29,7 @@ from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.origin import fingerprint
 from lora_nb.quantization import QuantReport, quantize
 from lora_nb.routing import rows
+from lora_nb.serving import AdapterServer
 from lora_nb.showing import Source, show
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 __all__ = [
+    "AdapterServer",
     "AdapterSummary",
     "AttachReport",
     "Block",

@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -90,6 +91,45 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     folder = Path(path)
     saved = read_folder(folder)
     check_name(model, name)
+    fit = fit_file(model, folder, saved)
+    problems = fit.problems
+    if problems and strict:
+        raise AdapterFileError(f"{str(folder)!r}: {' '.join(problems)} With strict=False it is loaded all the same.")
+    for problem in problems:
+        warnings.warn(f"{str(folder)!r}: {problem}", stacklevel=2)
+    active = adapters(model).active
+    report = put_on(model, fit.config, name, fit.targets)
+    try:
+        _fill(model, name, fit)
+        adapters(model).facts[name] = fit.facts
+    except BaseException:
+        detach(model, name)
+        set_active(model, active)
+        raise
+    return report
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a file puts where on a model.
+
+    `starts` is path of a module → what its keys start with, `problems` what a lenient reader may overlook.
+    """
+
+    config: LoraConfig | BottleneckConfig
+    targets: list[Target]
+    starts: dict[str, str]
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+    problems: list[str]
+
+
+def fit_file(model: nn.Module, folder: Path, saved: SavedAdapter) -> Fit:
+    """A file held against a model, which is left as it is.
+
+    Raises:
+        AdapterFileError, TargetError: it does not fit.
+    """
     config, targets = _meant(model, saved)
     starts = _starts(model, config, [t.name for t in targets], str(saved.content.get("name")))
     expected = {f"{starts[t.name]}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
@@ -99,20 +139,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
     _refuse_claims(model, folder, expected, tensors)
     problems = _problems(model, saved, expected, tensors)
     problems += hub_problems(model, folder, saved.content) if isinstance(config, BottleneckConfig) else []
-    if problems and strict:
-        raise AdapterFileError(f"{str(folder)!r}: {' '.join(problems)} With strict=False it is loaded all the same.")
-    for problem in problems:
-        warnings.warn(f"{str(folder)!r}: {problem}", stacklevel=2)
-    active = adapters(model).active
-    report = put_on(model, config, name, targets)
-    try:
-        _fill(model, name, starts, tensors)
-        adapters(model).facts[name] = {k: v for k, v in saved.metadata.items() if k.startswith("training_")}
-    except BaseException:
-        detach(model, name)
-        set_active(model, active)
-        raise
-    return report
+    facts = {k: v for k, v in saved.metadata.items() if k.startswith("training_")}
+    return Fit(config, targets, starts, tensors, facts, problems)
 
 
 def _meant(model: nn.Module, saved: SavedAdapter) -> tuple[LoraConfig | BottleneckConfig, list[Target]]:
@@ -200,7 +228,7 @@ def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, obje
         out.append(f"It lacks {len(missing)} of {len(expected)} tensors that its config asks for on this model, such as {missing[0]!r}.")
     if extra:
         out.append(f"It has {len(extra)} tensors that its config does not place on this model, such as {extra[0]!r}.")
-    if saved.metadata.get("base_fingerprint", fingerprint(model)) != fingerprint(model):
+    if (trained_on := saved.metadata.get("base_fingerprint")) is not None and trained_on != fingerprint(model):
         out.append(f"It was trained on another base ({saved.base!r}); on {base_name(model)!r} its output would mean little.")
     if saved.edited:
         out.append(f"{CONFIG} was edited, or a save was interrupted: it is not the one saved with these weights.")
@@ -238,13 +266,20 @@ def _refuse_claims(model: nn.Module, folder: Path, expected: Mapping[str, tuple[
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, name: str, starts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _fill(model: nn.Module, name: str, fit: Fit) -> None:
     """A part that the file does not have whole is set to a start where it changes nothing."""
     for path, layer in layers(model, name):
         part = cast("Part", layer.adapters[name])
-        own = {f"{starts[path]}{end}": p for end, p in part.tensors().items()}
-        if not own.keys() <= tensors.keys():
+        if not fill_part(part, fit.starts.get(path, ""), fit.tensors):
             part.reset(layer)
-            continue
-        for key, p in own.items():
-            p.copy_(tensors[key])
+
+
+@torch.no_grad()
+def fill_part(part: Part, start: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Copy a file's tensors, whose keys begin with `start`, into a part, or say that they are not all there."""
+    own = {f"{start}{end}": p for end, p in part.tensors().items()}
+    if not own.keys() <= tensors.keys():
+        return False
+    for key, p in own.items():
+        p.copy_(tensors[key])
+    return True

@@ -50,6 +50,14 @@ class OutOfMemoryError(LoraNbError, MemoryError):
     """A training step that the device's memory does not hold; the message says what would fit."""
 
 
+class ServingError(LoraNbError, RuntimeError):
+    """A request that a server of adapters cannot take, or could not finish."""
+
+
+class QueueFullError(ServingError):
+    """As many requests wait as may: ask again later."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of a message: `Did you mean 'q_proj'?` when a choice is close, else the choices themselves.
 

@@ -47,9 +47,9 @@ def generate(
     from transformers import GenerationConfig
 
     base: Any = model
-    rows = _prompt_ids(tokenizer, prompts)
+    rows = prompt_ids(tokenizer, prompts)
     longest = max(len(r) for r in rows)
-    _check(base, longest, max_new_tokens, temperature)
+    check_settings(base, longest, max_new_tokens, temperature)
     device = next(model.parameters()).device
     pad = int(tokenizer.pad_token_id or 0)
     ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows], device=device)  # on the left: the new text follows the prompt
@@ -57,7 +57,7 @@ def generate(
     drawing: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     own, training = base.generation_config, model.training
     # Not the base's own taste: with its repetition penalty or top-p, temperature 0 would not be the likeliest token.
-    stops = _stops(own, tokenizer)
+    stops = stop_tokens(base, tokenizer) or None
     plain = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops, **drawing)  # type: ignore[no-untyped-call]
     try:
         base.generation_config = plain
@@ -84,7 +84,12 @@ def _with_adapter(model: nn.Module, adapter: str | Sequence[str | None] | None, 
     return mixed_rows(model, adapter)
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: object) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: object) -> list[list[int]]:
+    """Token ids of each prompt, with the token that begins a text.
+
+    Raises:
+        ConfigError: no prompt, or nothing to begin from.
+    """
     texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else []
     if not texts or not all(isinstance(t, str) for t in texts):
         raise ConfigError(f"generate needs a prompt or a list of prompts, not {prompts!r}.")
@@ -96,7 +101,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: object) -> list[lis
     return rows
 
 
-def _check(model: Any, longest: int, max_new_tokens: object, temperature: object) -> None:
+def check_settings(model: Any, longest: int, max_new_tokens: object, temperature: object) -> None:
+    """Raise ConfigError unless a text can be written so after a prompt of so many tokens."""
     if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature={temperature!r}: it must be a number of at least 0.")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -108,7 +114,8 @@ def _check(model: Any, longest: int, max_new_tokens: object, temperature: object
         )
 
 
-def _stops(own: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Where text ends: at the token that training ends it with, and at whatever the base itself stops at."""
-    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    return sorted({int(s) for s in (*stops, tokenizer.eos_token_id) if s is not None}) or None
+    own = model.generation_config.eos_token_id
+    stops = own if isinstance(own, list) else [own]
+    return sorted({int(s) for s in (*stops, tokenizer.eos_token_id) if s is not None})

@@ -36,6 +36,7 @@ class Routing:
             the batch is (rows, tokens, …).
         kept: how many of these tokens the output head sees, if not all.
         device: of the batch.
+        shares: what an earlier batch of the same adapters found out about them.
 
     It holds what was found out about the batch and about the adapters, so it is for as long as neither changes; adapters
     that train may change.
@@ -47,13 +48,14 @@ class Routing:
         lengths: Sequence[int] | None = None,
         kept: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
+        shares: dict[AdaptedLayer, Share] | None = None,
     ) -> None:
         self.names, self.device = tuple(names), device
         self.lengths = None if lengths is None else tuple(lengths)
         self.kept = self.lengths if kept is None else tuple(kept)
-        self.adapters = tuple(dict.fromkeys(name for name in names if name is not None))
+        self.adapters = tuple(sorted({name for name in names if name is not None}))
         self.focus: str | None = None
-        self._shares: dict[AdaptedLayer, Share] = {}
+        self._shares = {} if shares is None else shares
         self._plans: dict[tuple[tuple[str, ...], int], Plan] = {}
 
     def forward(self, layer: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
