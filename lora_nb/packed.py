@@ -250,11 +250,11 @@ def attending(model: Any, batch: Pass) -> Iterator[None]:
 
     AttentionInterface.register(NAME, _attention)
     config, token = model.config, CURRENT.set(batch)
-    before, config._attn_implementation = config._attn_implementation, NAME
+    before, config._attn_implementation = config._attn_implementation, NAME  # noqa: SLF001 - transformers' own place for it
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = before  # noqa: SLF001
         CURRENT.reset(token)
 
 
