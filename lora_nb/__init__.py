@@ -25,7 +25,6 @@ from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_l
 from lora_nb.loralib import load_loralib
 from lora_nb.memory.estimate import estimate
 from lora_nb.memory.report import Estimate
-from lora_nb.memory.trace import trace_memory
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.origin import fingerprint
 from lora_nb.quantization import QuantReport, quantize
@@ -40,6 +39,10 @@ from lora_nb.version import __version__
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_nb.jupyter.panel import Panel
 
 __all__ = [
     "AdapterServer",
@@ -83,6 +86,7 @@ __all__ = [
     "load_loralib",
     "measure_latency",
     "merge",
+    "panel",
     "parameters",
     "quantize",
     "rows",
@@ -91,11 +95,21 @@ __all__ = [
     "show",
     "steps",
     "sweep_latency",
-    "trace_memory",
     "train",
     "unmerge",
     "variants",
 ]
+
+
+def panel(model: "nn.Module | None" = None, tokenizer: "PreTrainedTokenizerBase | None" = None) -> "Panel":
+    """The control panel: choose, see what it costs, train, stop, resume, save, and read the code that does the same.
+
+    Args:
+        model, tokenizer: your own; default: the base that the form names, the embedded one at first.
+    """
+    from lora_nb.jupyter.panel import Panel
+
+    return Panel(model=model, tokenizer=tokenizer)
 
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,9 +99,12 @@ def _training() -> Finding:
 
 
 def _two_steps() -> int:
-    import lora_nb as ln
+    from lora_nb.attach import attach
+    from lora_nb.bases import load
+    from lora_nb.configs import LoraConfig, TrainConfig
+    from lora_nb.datasets import dataset
+    from lora_nb.training.loop import train
 
-    model, tokenizer = ln.load("tiny")
-    ln.attach(model, ln.LoraConfig(r=4, lora_alpha=8))
-    run: Callable[..., ln.Run] = ln.train
-    return run(model, tokenizer, ln.dataset("tone")[:32], ln.TrainConfig(max_steps=2, batch_size=4)).steps
+    model, tokenizer = load("tiny")
+    attach(model, LoraConfig(r=4, lora_alpha=8))
+    return train(model, tokenizer, dataset("tone")[:32], TrainConfig(max_steps=2, batch_size=4)).steps

@@ -51,7 +51,7 @@ class Session:
                 raise ConfigError(f"{self._there()}: --quant is for a base that is being loaded, as in `load --quant {quant}`.")
             return self.model, self.tokenizer
         self.base = base or "tiny"
-        self.model, self.tokenizer = load(self.base)
+        self.model, self.tokenizer = load(self.base, quant=quant or None)
         self.leave(model=self.model, tokenizer=self.tokenizer)
         return self.model, self.tokenizer
 

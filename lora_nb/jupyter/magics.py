@@ -26,12 +26,22 @@ from lora_nb.commands import NOTEBOOK, Session
 from lora_nb.commands.options import HelpAsked, Verb, complete, options, parse
 from lora_nb.datasets import Pair
 from lora_nb.errors import ConfigError, LoraNbError
+from lora_nb.jupyter.panel import Panel
 from lora_nb.training.loop import Run
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-VERBS: tuple[Verb, ...] = NOTEBOOK
+
+def panel(session: Session) -> Panel:
+    """Open the control panel, on the notebook's `model` and `tokenizer` if there are such."""
+    own = session.model is not None and session.tokenizer is not None
+    made = Panel(model=session.model, tokenizer=session.tokenizer) if own else Panel()
+    session.leave(panel=made)
+    return made
+
+
+VERBS: tuple[Verb, ...] = (*NOTEBOOK, panel)
 ARROW = "=>"
 # Verbs that take the cell below the line, and the parameter that it becomes.
 BODIES = {"train": "data", "generate": "prompts"}

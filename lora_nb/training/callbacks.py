@@ -7,6 +7,7 @@ A callback is called with each `Step`; one that returns True ends the run. So a 
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +32,10 @@ class Watchers:
         from tqdm.auto import tqdm
 
         self.callbacks, self.recorders = callbacks, recorders(config, run) if first() else []
-        silent = {} if first() else {"disable": True}  # said only then, so that TQDM_DISABLE is heard
+        # A bar belongs to a cell or a terminal, which a thread of its own has not, nor have the other processes. It is silenced only
+        # then, so that TQDM_DISABLE is heard.
+        watched = first() and threading.current_thread() is threading.main_thread()
+        silent = {} if watched else {"disable": True}
         self.bar = tqdm(desc="training", unit="step", total=total, initial=run.steps, **silent)
 
     def __enter__(self) -> Self:
