@@ -1,6 +1,6 @@
 """What DoRA costs over LoRA on one linear layer: forward and backward over 1,024 tokens, and one token as in generation.
 
-    python benchmarks/dora.py [--quick]        writes benchmarks/results/dora.json
+    python benchmarks/dora.py [--quick] [--only layer decode model exact]        writes benchmarks/results/dora.json
 
 Ours against ours, Hugging Face PEFT's against PEFT's, with the same W, A, B, magnitude and input, whose outputs are first
 shown to be equal; also where s·BA cancels 99 % of W, where a norm from ‖W‖², ⟨W, BA⟩ and ‖BA‖² would lose its digits.
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import peft
 import torch
-from measure import interleaved, write
+from measure import RESULTS, interleaved, machine, write
 from torch import Tensor, nn
 
 import lora_nb as ln
 from lora_nb.attach import weights
 
 WIDTHS, TOKENS, R, ALPHA = (512, 1024), 1024, 8, 20.0
-TARGETS = {"forward and backward": 1.2, "decode": 1.5}
+STEP, DECODE, EXACT = 1.2, 1.5, 1e-5  # at most: of our LoRA's step; of our LoRA's token, and of the base's; relative to the largest output
+SECTIONS = ("layer", "decode", "model", "exact")
 
 
 def layers(width: int, *, dora: bool, cancelling: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -49,15 +52,16 @@ def layers(width: int, *, dora: bool, cancelling: bool = False) -> tuple[nn.Modu
 
 
 def errors(width: int, *, cancelling: bool) -> dict[str, float]:
-    """The largest error against float64 over the largest value: of the norm, of our output and of PEFT's."""
+    """The largest error against float64 over the largest value: of the norm; of our output, with gradients and without; of PEFT's."""
     base, ours, theirs = layers(width, dora=True, cancelling=cancelling)
     part, x = weights(ours, "default")["0"], torch.randn(TOKENS, width)
+    w = base[0].weight.double() + part.scaling * part.lora_B.detach().double() @ part.lora_A.detach().double()
+    norm = w.norm(dim=1)
+    exact = x.double() @ (w * (part.magnitude.detach().double() / norm)[:, None]).T
+    found = {"norm": (part.norm(ours[0]), norm), "training": (ours.train()(x).detach(), exact)}
     with torch.no_grad():
-        w = base[0].weight.double() + part.scaling * part.lora_B.double() @ part.lora_A.double()
-        norm = w.norm(dim=1)
-        exact = x.double() @ (w * (part.magnitude.double() / norm)[:, None]).T
-        found = {"norm": (part.norm(ours[0]), norm), "output": (ours.train()(x), exact), "output in PEFT": (theirs(x), exact)}
-        return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in found.items()}
+        found |= {"no gradients": (ours.eval()(x), exact), "one token": (ours(x[:1]), exact[:1]), "PEFT": (theirs(x), exact)}
+    return {name: float((a - b).abs().max() / b.abs().max()) for name, (a, b) in found.items()}
 
 
 def training(model: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -84,16 +88,26 @@ def decoding(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def cases(width: int) -> dict[str, dict[str, Callable[[], None]]]:
-    base, lora, peft_lora = layers(width, dora=False)
+def of_a_layer(width: int, rounds: int) -> dict[str, float]:
+    _, lora, peft_lora = layers(width, dora=False)
     _, dora, peft_dora = layers(width, dora=True)
     x = torch.randn(TOKENS, width, requires_grad=True)
     assert torch.allclose(dora(x), peft_dora(x), atol=1e-5, rtol=1e-5)
     models = {"lora": lora, "dora": dora, "peft lora": peft_lora, "peft dora": peft_dora}
+    times = interleaved({name: training(m.train(), x) for name, m in models.items()}, rounds=rounds)
+    return {"ours": times.ratio("dora", "lora"), "peft": times.ratio("peft dora", "peft lora")}
+
+
+def of_a_token(width: int, rounds: int) -> dict[str, float]:
+    base, lora, peft_lora = layers(width, dora=False)
+    _, dora, peft_dora = layers(width, dora=True)
     one = torch.randn(1, width)
+    models = {"base": base, "lora": lora, "dora": dora, "peft lora": peft_lora, "peft dora": peft_dora}
+    times = interleaved({name: decoding(m.eval(), one) for name, m in models.items()}, rounds=rounds, repeat=100)
     return {
-        "forward and backward": {name: training(m.train(), x) for name, m in models.items()},
-        "decode": {"base": decoding(base, one), **{name: decoding(m.eval(), one) for name, m in models.items()}},
+        "ours": times.ratio("dora", "lora"),
+        "peft": times.ratio("peft dora", "peft lora"),
+        **{f"{name} over base": times.ratio(name, "base") for name in ("lora", "dora", "peft lora", "peft dora")},
     }
 
 
@@ -128,27 +142,45 @@ def one_token(model: nn.Module) -> Callable[[], None]:
     return run
 
 
+def measured(section: str, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Rows of one section at one number of threads."""
+    if section == "layer":
+        return [row(f"step of a layer, {w} wide", STEP, "ours", of_a_layer(w, rounds), threads) for w in WIDTHS]
+    if section == "decode":
+        return [row(f"one token of a layer, {w} wide", DECODE, "ours", of_a_token(w, rounds), threads) for w in WIDTHS]
+    times = interleaved(whole_models(), rounds=rounds)
+    over = {f"{name} over base": times.ratio(name, "base") for name in ("lora", "dora", "peft lora", "peft dora")}
+    return [row("one token of a Llama, 512 wide", DECODE, "dora over base", over, threads)]
+
+
+def row(what: str, target: float, which: str, found: Mapping[str, float], threads: int | None = None) -> dict[str, Any]:
+    line = {"what": what, "threads": threads, "target": f"{which} ≤ {target:g}", "met": found[which] <= target, **found}
+    print(line)
+    return line
+
+
+def precision() -> list[dict[str, Any]]:
+    kinds = {False: "plain", True: "99 % of W cancelled"}
+    found = {f"{w} wide, {kinds[c]}": errors(w, cancelling=c) for w in WIDTHS for c in kinds}
+    ours = ("training", "no gradients", "one token")
+    return [row(what, EXACT, "ours", {"ours": max(e[name] for name in ours), **e}) for what, e in found.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs")
-    rounds = 3 if parser.parse_args().quick else 60
-    rows = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for width in WIDTHS:
-            for kind, variants in cases(width).items():
-                times = interleaved(variants, rounds=rounds, repeat=1 if kind != "decode" else 200)
-                over = {"ours": times.ratio("dora", "lora"), "peft": times.ratio("peft dora", "peft lora")}
-                over |= {f"{n} over base": times.ratio(n, "base") for n in ("dora", "lora", "peft dora")} if kind == "decode" else {}
-                rows.append({"threads": threads, "width": width, "what": kind, "target": TARGETS[kind], **over})
-                print(rows[-1])
-        times = interleaved(whole_models(), rounds=rounds)
-        over = {name: times.ratio(name, "base") for name in ("lora", "dora", "peft lora", "peft dora")}
-        rows.append({"threads": threads, "what": "one token of a Llama, 512 wide, over its base", "target": TARGETS["decode"], **over})
-        print(rows[-1])
-    wrong = {f"{w} {'cancelling' if c else 'plain'}": errors(w, cancelling=c) for w in WIDTHS for c in (False, True)}
-    print(wrong)
-    write("dora", {"dora over lora": rows, "relative errors against float64": wrong})
+    parser.add_argument("--quick", action="store_true", help="a few rounds, to see that it runs; writes nothing")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    args = parser.parse_args()
+    rounds, out = 3 if args.quick else 40, RESULTS / "dora.json"
+    sections = json.loads(out.read_text()).get("sections", {}) if out.exists() else {}  # those that are not measured now stay
+    for section in args.only:
+        rows = precision() if section == "exact" else []
+        for threads in (1, 2) if section != "exact" else ():
+            torch.set_num_threads(threads)
+            rows += measured(section, rounds, threads)
+        sections[section] = {"machine": machine() | {"peft": peft.__version__}, "rows": rows}
+    if not args.quick:
+        write("dora", {"sections": sections})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_l
 from lora_nb.loralib import load_loralib
 from lora_nb.memory.estimate import estimate
 from lora_nb.memory.report import Estimate
+from lora_nb.memory.trace import trace_memory
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.origin import fingerprint
 from lora_nb.quantization import QuantReport, quantize
@@ -95,6 +96,7 @@ __all__ = [
     "show",
     "steps",
     "sweep_latency",
+    "trace_memory",
     "train",
     "unmerge",
     "variants",

@@ -58,6 +58,10 @@ class QueueFullError(ServingError):
     """As many requests wait as may: ask again later."""
 
 
+class TraceError(LoraNbError, RuntimeError):
+    """A model whose code cannot be run on tensors without values."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of a message: `Did you mean 'q_proj'?` when a choice is close, else the choices themselves.
 

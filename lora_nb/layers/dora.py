@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
@@ -20,6 +21,7 @@ from lora_nb.layers.lora import LoraConvWeights, LoraEmbeddingWeights, LoraWeigh
 from lora_nb.layers.lora_linear import is_plain, lora_linear
 from lora_nb.layers.matrix import as_matrix, matrix, unmatrix
 
+CANCELLED = 8.0  # from this m / n on most of W has been taken away: what is left is small beside W x and s · B A x
 CHUNK = 1 << 18  # weights in one block of the norm: what is formed of W + s·BA stays in the cache
 
 
@@ -46,7 +48,7 @@ class DoraWeights(LoraWeights):
     def __init__(self, base: nn.Module, r: int, scaling: float, **settings: Any) -> None:
         super().__init__(base, r, scaling, **settings)
         self.magnitude = nn.Parameter(torch.empty(self.magnitude_shape()))
-        self._norm: tuple[object, Tensor] | None = None
+        self._norm: tuple[object, Tensor, bool] | None = None
 
     def magnitude_shape(self) -> tuple[int, ...]:
         """(out,), or for a convolution (1, out, 1…), as its output is laid out."""
@@ -55,13 +57,15 @@ class DoraWeights(LoraWeights):
     @torch.no_grad()
     def reset(self, layer: AdaptedLayer, init: bool | str = True) -> None:
         super().reset(layer, init)
-        self.magnitude.copy_(self.norm(layer).view_as(self.magnitude))
+        self._norm = None
+        self.magnitude.copy_(row_norms(matrix(layer), *self.factors(), self.scaling).view_as(self.magnitude))
 
     def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         if inner is layer.base and not self.beside() and is_plain(inner, x, self.lora_A):
-            z = lora_linear(x, layer.weight, None, (self.lora_A, self.lora_B, self.scaling))
-            return z * self.gain(layer) if layer.bias is None else torch.addcmul(layer.bias, z, self.gain(layer))
+            gain = self.gain(layer)
+            z = self.exact(layer, x) if self.cancels() else lora_linear(x, layer.weight, None, (self.lora_A, self.lora_B, self.scaling))
+            return z * gain if layer.bias is None else torch.addcmul(layer.bias, z, gain)
         y, bias, gain, seen = inner(x), self._bias(layer, layer.value("bias")), self.gain(layer), self.dropped(x)
         if self.dropout and self.training:  # W then reads the input with its gaps, as B A does
             own = self._bias(layer, layer._parameters.get("bias"))
@@ -85,8 +89,17 @@ class DoraWeights(LoraWeights):
             return row_norms(matrix(layer), *self.factors(), self.scaling)
         state = tuple((p._version, p.data_ptr()) for p in inputs)
         if self._norm is None or self._norm[0] != state:
-            self._norm = (state, row_norms(matrix(layer), *self.factors(), self.scaling))
+            n = row_norms(matrix(layer), *self.factors(), self.scaling)
+            self._norm = (state, n, bool((self.magnitude.detach().abs().flatten() > CANCELLED * n).any()))
         return self._norm[1]
+
+    def cancels(self) -> bool:
+        """Whether s · B A took most of some row of W away when n was last computed."""
+        return self._norm is not None and self._norm[2]
+
+    def exact(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
+        """(W + s · B A) x with the sum first: the two products would cancel each other, and their rounding errors would stay."""
+        return F.linear(x, torch.addmm(layer.weight, self.lora_B, self.lora_A, alpha=self.scaling))
 
     def merge(self, layer: AdaptedLayer, values: dict[str, Tensor]) -> None:
         Part.merge(self, layer, values)

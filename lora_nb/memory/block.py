@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from lora_nb.memory.shapes import Linear, Shape, Stack
 
-MATH_COPIES = 4  # bytes: PyTorch's own attention without a fused kernel computes in fp32
+MATH = 4  # bytes of a number: PyTorch's own attention without a fused kernel computes in fp32
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,16 @@ def _sum(counts: dict[str, float]) -> str:
 class Walk:
     """One pass through a block, in the order of its operations; `flows` has the tensors that get a gradient."""
 
-    def __init__(self, shape: Shape, stack: Stack, way: Way, adapters: Adapters, *, flows: bool, attention: str, many: bool) -> None:
+    def __init__(
+        self, shape: Shape, stack: Stack, way: Way, adapters: Adapters, *, flows: bool, attention: str, sizes: dict[str, int], many: bool
+    ) -> None:
+        self.sizes = sizes
         self.shape, self.stack, self.way, self.adapters, self.attention, self.many = shape, stack, way, adapters, attention, many
         self.kept, self.seen = Kept(), set[str]()
         self.flows = {"x"} if flows else set[str]()
         self.ranks, self.e = dict(adapters.ranks), way.element
         self.linears = {linear.path: linear for linear in stack.linears}
+        self.forward_high = self.scores_high = 0.0  # bytes a token: kept so far and what a moment needs beside
 
     def run(self) -> bool:
         """Whether a gradient flows out of the block."""
@@ -162,6 +166,9 @@ class Walk:
             self.seen.add(name)
             self.kept.add(label, of, count)
 
+    def note_high(self, beside: float) -> None:
+        self.forward_high = max(self.forward_high, self.kept.per_token(self.sizes) + beside)
+
     def norm(self, x: str, out: str, of: str = "h") -> str:
         kind, trains = self.shape.norm, self.adapters.everything
         if x in self.flows or trains:
@@ -202,6 +209,8 @@ class Walk:
             self.kept.add("adapters", "", size * r)
         if self.adapters.dora:
             self.kept.add("adapters", "", size * linear.outputs)
+        if not own:  # the base's output, the update, and the scaled update
+            self.note_high((self.e + 2 * size) * linear.outputs)
 
     def bottleneck(self, sublayer: str, x: str) -> str:
         """x ↦ x + s · U f(D h)."""
@@ -250,26 +259,37 @@ class Walk:
 
     def _scores(self, start: str, names: list[str], *, together: bool) -> str:
         """softmax(q kᵀ) v, by a fused kernel, by PyTorch's own operations in fp32, or written out by the model."""
-        e, kept, label = self.e, self.kept, "attention"
-        expands = not self.way.transformers and self.shape.kv_heads != self.shape.heads
         if self.shape.qk_norm:
-            self._query_key_norms(start, names)
-        dropped = self.shape.dropouts[1] > 0
-        out = f"{start} out"
+            self._query_key_norms(names)
+        e, kept, label, out = self.e, self.kept, "attention", f"{start} out"
+        dropped = self.shape.dropouts[1] > 0 and self.way.transformers
         if self.attention == "eager":
             kept.add(label, "q", 3 * e)  # q, and k and v repeated
-            probabilities = 4 + (e if e != 4 else 0) + (e if self.shape.attention_cap else 0)
-            probabilities += (self.way.mask if self.way.mask == 1 else e) + e if dropped and self.way.transformers else 0
-            kept.add(label, "s·a", probabilities)
-            return out
-        if dropped and not self.way.flash:
-            kept.add(label, "q", 3 * MATH_COPIES)
-            kept.add(label, "s·a", 3 * MATH_COPIES)  # probabilities, mask, and what the mask leaves
-            return out
-        if expands:
+            cast, cap = (e if e != 4 else 0), (e if self.shape.attention_cap else 0)
+            mask = (self.way.mask if self.way.mask == 1 else e) + e if dropped else 0
+            kept.add(label, "s·a", 4 + cast + cap + mask)
+            self._note_scores(8 - cast)
+        elif self.attention == "math" or (dropped and not self.way.flash):
+            kept.add(label, "q", 3 * MATH)
+            kept.add(label, "s·a", (3 if dropped else 1) * MATH)  # probabilities; the dropout's mask, and what it leaves
+            self._note_scores(4 if dropped else 8)
+            out = f"{out} in order"
+        else:
+            self._fused_attention(out, together=together)
+            if self.shape.rotary == "part" or not self.way.transformers:
+                out = f"{out} in order"  # the kernel's output is laid out as q is, and the next product wants heads last
+        return out
+
+    def _note_scores(self, beside: float) -> None:
+        """When their backward runs, all that was kept after them is gone."""
+        self.scores_high = self.kept.per_token(self.sizes) + beside * self.sizes["s·a"]
+
+    def _fused_attention(self, out: str, *, together: bool) -> None:
+        e, kept, label = self.e, self.kept, "attention"
+        if self.shape.kv_heads != self.shape.heads and (self.shape.repeats or not self.way.transformers):
             kept.add(label, "q", 3 * e)
         else:
-            if self.shape.rotary or not together:
+            if self.shape.rotary != "no" or not together:
                 kept.add(label, "q", e)
                 kept.add(label, "k", e if together else 2 * e)
             if together:  # v is a part of the product that gave all three, which is kept whole
@@ -277,9 +297,8 @@ class Walk:
                 kept.add(label, "k", 2 * e)
         self.keep(out, label, "q", e)
         kept.add(label, "a", 4)
-        return out
 
-    def _query_key_norms(self, start: str, names: list[str]) -> None:
+    def _query_key_norms(self, names: list[str]) -> None:
         for name, of in zip(names[:2], ("q", "k"), strict=True):
             self.norm(name, f"{name} normed", of)
 

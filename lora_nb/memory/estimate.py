@@ -36,7 +36,7 @@ def estimate(
     optimizer: str = "adamw",
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
-    attention: Literal["flash", "eager"] | None = None,
+    attention: Literal["flash", "eager", "math"] | None = None,
     loss: Literal["chunked", "full"] | None = None,
     framework: Literal["lora_nb", "peft", "litgpt"] = "lora_nb",
     device: Literal["cuda", "cpu"] | None = None,
@@ -53,7 +53,8 @@ def estimate(
         dtype: of weights and activations. Default: the model's own, float32 on a CPU, bfloat16 on a GPU.
         optimizer: as in `TrainConfig`, or `"sgd"`.
         gradient_accumulation_steps: with more than one the gradients stay from forward to forward.
-        attention: `"flash"` (any fused kernel) or `"eager"`; default: what transformers takes.
+        attention: `"flash"` (any fused kernel), `"eager"` (written out by the model) or `"math"` (by PyTorch). Default: what
+            transformers takes.
         loss: `"chunked"` (ours) or `"full"` (all logits at once); default: the framework's.
         framework: whose layers and loop: this package's, Hugging Face PEFT with transformers, or litgpt.
         device: `"cuda"` unless a model on a CPU is given.
@@ -75,7 +76,12 @@ def estimate(
         optimizer,
         bool(gradient_checkpointing),
         gradient_accumulation_steps,
-        _choice("attention", attention, ("flash", "eager"), shape.attention),
+        _choice(
+            "attention",
+            attention,
+            ("flash", "eager", "math"),
+            shape.attention if framework != "litgpt" or shape.attention == "eager" else "flash",
+        ),
         _choice("loss", loss, ("chunked", "full"), "chunked" if framework == "lora_nb" else "full"),
         framework,
         on,
@@ -87,7 +93,12 @@ def report(setting: Setting) -> Estimate:
     """The estimate for a setting."""
     step = measure(setting)
     return Estimate(
-        _title(setting), step.parts(), step.formula, tuple(assumptions(setting)), step.moments, changes=lambda: list(_changes(setting))
+        _title(setting),
+        step.parts(),
+        step.formula,
+        tuple(assumptions(setting)),
+        tuple(step.moments.items()),
+        changes=lambda: list(_changes(setting)),
     )
 
 
@@ -186,6 +197,11 @@ def _device(model: object) -> Literal["cuda", "cpu"] | None:
     if not isinstance(model, nn.Module):
         return None
     return "cuda" if next((p.device.type for p in model.parameters()), "cpu") == "cuda" else "cpu"
+
+
+def _attention(shape: Shape, framework: str) -> str:
+    """litgpt repeats keys and values, so that a fused kernel takes all but capped scores."""
+    return "flash" if framework == "litgpt" and shape.attention == "math" else shape.attention
 
 
 def _choice(name: str, value: str | None, choices: tuple[str, ...], default: str) -> str:

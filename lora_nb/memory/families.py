@@ -99,6 +99,7 @@ def gated_decoder(config: Config, name: str, kind: str) -> Shape:
         qk_norm=qk_norm,
         activation="gelu" if gemma else str(config.get("hidden_act") or "silu"),
         fused="qkv+gate" if kind == "phi3" else "none",
+        rotary="part" if kind == "phi3" else "whole",
         attention="eager" if kind == "gemma2" else "flash",
         attention_cap=kind == "gemma2",
         logit_cap=bool(config.get("final_logit_softcapping", kind == "gemma2")),
@@ -141,6 +142,7 @@ def phi(config: Config, name: str, kind: str) -> Shape:
         activation=str(config.get("hidden_act") or "gelu_new"),
         gated=False,
         dropouts=dropouts,
+        rotary="part",
     )
 
 
@@ -171,6 +173,8 @@ def falcon(config: Config, name: str, kind: str) -> Shape:
         bool(config.get("tie_word_embeddings", True)),
         2 * width,
         order="beside-two" if new else "beside",
+        attention="flash" if kv == count or new else "math",
+        repeats=new,
         norm="layer",
         activation="gelu",
         gated=False,
@@ -201,6 +205,7 @@ def gpt_neox(config: Config, name: str, kind: str) -> Shape:
         bool(config.get("tie_word_embeddings", False)),
         2 * width,
         order="beside-two" if config.get("use_parallel_residual", True) else "pre",
+        rotary="part",
         norm="layer",
         activation="gelu",
         gated=False,
@@ -231,7 +236,7 @@ def gpt2(config: Config, name: str, kind: str) -> Shape:
         2 * width,
         norm="layer",
         activation=str(config.get("activation_function") or "gelu_new"),
-        rotary=False,
+        rotary="no",
         gated=False,
         fused="qkv",
         dropouts=(_share(config, "resid_pdrop", 0.1), _share(config, "attn_pdrop", 0.1)),
@@ -267,7 +272,7 @@ def encoder(config: Config, name: str, kind: str) -> Shape:
         gated=False,
         dropouts=(_share(config, "hidden_dropout_prob", 0.1), _share(config, "attention_probs_dropout_prob", 0.1)),
         causal=False,
-        rotary=False,
+        rotary="no",
         beside=(Linear("lm_head.dense" if kind == "roberta" else "cls.predictions.transform.dense", width, width, bias=True),),
     )
 
@@ -304,7 +309,7 @@ def t5(config: Config, name: str, kind: str) -> Shape:
         bool(config.get("tie_word_embeddings", True)),
         2 * width + 2 * buckets,
         norm="t5",
-        rotary=False,
+        rotary="no",
         activation="gelu_new" if gated else "relu",
         gated=gated,
         dropouts=(_share(config, "dropout_rate", 0.1), _share(config, "dropout_rate", 0.1)),

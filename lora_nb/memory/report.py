@@ -31,7 +31,7 @@ class Estimate:
         parts: name → bytes, at the moment when most is there.
         formula: name → how they come about, also of parts that are not there at the peak.
         assumptions: what the numbers rest on.
-        timeline: bytes part by part at each moment of the step, by its name, in order.
+        timeline: (moment, bytes part by part) over the step, in order.
         modules: bytes by module at the peak; of `trace_memory` only.
     """
 
@@ -39,7 +39,7 @@ class Estimate:
     parts: Mapping[str, int]
     formula: Mapping[str, str]
     assumptions: tuple[str, ...]
-    timeline: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    timeline: tuple[tuple[str, Mapping[str, int]], ...] = ()
     modules: Mapping[str, int] = field(default_factory=dict)
     changes: Callable[[], list[Change]] = field(default=list, repr=False, compare=False)
 

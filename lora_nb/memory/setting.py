@@ -25,6 +25,7 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 DTYPES |= {"float16": torch.float16, "fp16": torch.float16}
 MOST = {"batch_size": 1 << 20, "seq_len": 1 << 24, "gradient_accumulation_steps": 1 << 20}
 FEW = 256  # rows from which on the effective weight is formed, as in layers/lora_linear.py
+OWN_LAYERS = ("falcon", "gpt2")  # linear layers of a class of their own, which the adapter calls instead of computing them itself
 NOT_COVERED = ("target_parameters", "modules_to_save", "trainable_token_indices")
 
 
@@ -107,7 +108,12 @@ class Setting:
             before += other.count
         at = f"{stack.path}.{number - before}."
         found = tuple((linear.path, r) for linear in stack.linears if (r := self.ranks.get(at + linear.path)))
-        slow = self.config.lora_bias or self.quant is not None or not isinstance(self.config.init_lora_weights, bool)
+        slow = (
+            self.config.lora_bias
+            or self.quant is not None
+            or self.shape.model_type in OWN_LAYERS
+            or not isinstance(self.config.init_lora_weights, bool)
+        )
         return Adapters(found, self.config.lora_dropout, self.config.use_dora, slow)
 
     def bottlenecks(self, stack: Stack, number: int) -> Iterator[tuple[str, int, str]]:

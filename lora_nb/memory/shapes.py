@@ -53,9 +53,12 @@ class Shape:
         norm: `"rms"` and `"gemma"` are computed in fp32 by several operations, `"layer"` and `"t5"` are not.
         fused: which projections are one: none, q with k and v, or gate and up as well.
         dropouts: of the hidden states, of the attention's probabilities, while training.
-        attention: which kind transformers takes by default; `"eager"` where it has to.
+        attention: which kind transformers takes by default: `"eager"` where it has to write it out, `"math"` where no fused
+            kernel takes its shapes, as with one key head for all queries.
         experts: how many, and how many of them a token sees.
-        causal, rotary: who sees whom, and whether positions turn queries and keys.
+        causal: whether a token sees those before it only.
+        repeats: whether the model repeats keys and values for each query head.
+        rotary: what of queries and keys positions turn; where it is a part, the parts are put together in a new order.
         beside: linear layers outside of the stacks, the head not among them, by their whole path.
     """
 
@@ -79,12 +82,13 @@ class Shape:
     gated: bool = True
     fused: Literal["none", "qkv", "qkv+gate"] = "none"
     dropouts: tuple[float, float] = (0.0, 0.0)
-    attention: Literal["flash", "eager"] = "flash"
+    attention: Literal["flash", "eager", "math"] = "flash"
     attention_cap: bool = False
     logit_cap: bool = False
     experts: tuple[int, int] = (1, 1)
     causal: bool = True
-    rotary: bool = True
+    repeats: bool = False
+    rotary: Literal["no", "whole", "part"] = "whole"
     beside: tuple[Linear, ...] = ()
 
     @property

@@ -126,10 +126,10 @@ def _embedding_trains(s: Setting) -> bool:
 
 
 def _run(s: Setting, stack: Stack, adapters: Adapters, count: int, *, flows: bool) -> tuple[Run, bool]:
-    walk = Walk(s.shape, stack, s.way, adapters, flows=flows, attention=s.attention, many=s.tokens >= FEW)
+    walk = Walk(s.shape, stack, s.way, adapters, flows=flows, attention=s.attention, sizes=s.sizes, many=s.tokens >= FEW)
     out = walk.run()
     kept = round(walk.kept.per_token(s.sizes) * s.tokens) + walk.kept.fixed
-    return Run(kept, _needs(s, walk.kept, adapters, stack), count, _text(walk.kept)), out
+    return Run(kept, _needs(s, walk, stack), count, _text(walk.kept)), out
 
 
 def _text(kept: Kept) -> str:
@@ -137,21 +137,20 @@ def _text(kept: Kept) -> str:
     return kept.text() + fixed
 
 
-def _needs(s: Setting, kept: Kept, adapters: Adapters, stack: Stack) -> int:
-    """Most of what a block's backward holds beside what was kept: the MLP's gradients, or later those of the attention's scores."""
+def _needs(s: Setting, walk: Walk, stack: Stack) -> int:
+    """Most of what a block's backward holds beside what was kept: in the MLP, in the attention's scores, or when it is computed again."""
     e, f, h = s.element, s.shape.inner * s.shape.experts[1], s.shape.width
-    last = stack.linears[-1]
-    adapted = dict(adapters.ranks).get(last.path, 0)
+    last, kept = stack.linears[-1], walk.kept.per_token(s.sizes)
+    adapted = walk.ranks.get(last.path, 0)
     if adapted and s.way.converts:
         mlp: float = e * h + s.way.adapter * f
-    elif adapted or adapters.everything:  # its input and its effective weight are gone by the time of the second moment
-        gone = 4 * last.inputs * last.outputs / s.tokens if kept.fixed else 0
+    elif adapted or walk.adapters.everything:  # its input and its effective weight are gone by the time of the second moment
+        gone = 4 * last.inputs * last.outputs / s.tokens if walk.kept.fixed else 0
         mlp = max(e * (h + f), e * (h + 2 * f) - gone)
     else:
         mlp = e * (h + (3 if s.shape.gated else 2) * f)
-    scores = 8 * s.sizes["s·a"] - kept.count("MLP", "f") * s.shape.inner if kept.count("attention", "s·a") else 0
     largest = max((linear.inputs * linear.outputs for linear in stack.linears), default=0) if s.quant is not None else 0
-    return round(max(mlp, scores) * s.tokens) + e * largest
+    return round(max(mlp, walk.scores_high + e * h - kept, walk.forward_high - kept) * s.tokens) + e * largest
 
 
 def _train(s: Setting, step: Step, always: Moment) -> None:
@@ -172,15 +171,13 @@ def _train(s: Setting, step: Step, always: Moment) -> None:
     step.moments["before the step"] = moment(gradients=held)
     step.moments["loss"] = moment(gradients=held, activations=kept + tail, logits=loss)
     left = kept
-    for run in reversed(runs):  # the last block's backward first
-        again = run.kept if inputs else 0
-        done = 1 - left / kept if kept else 1.0
-        grown = held or round(gradients * done)
-        step.moments.setdefault(
-            f"backward, {len(step.moments) - 1}",
-            moment(gradients=grown, activations=left + again, workspace=run.needs, logits=stays if run is runs[-1] else 0),
-        )
-        left -= run.count * (inputs or run.kept)
+    for i, run in enumerate(reversed(runs)):  # the last block's backward first
+        each = inputs or run.kept
+        for at, before in (("", left), (" ending", left - (run.count - 1) * each)):
+            grown = held or round(gradients * (1 - before / kept if kept else 1))
+            parts = {"gradients": grown, "activations": before + (run.kept if inputs else 0), "workspace": run.needs}
+            step.moments[f"backward of run {i + 1}{at}"] = moment(**parts, logits=stays if not i and not at else 0)
+        left -= run.count * each
     step.moments["backward, end"] = moment(gradients=gradients, workspace=head)
     step.moments["optimizer"] = moment(gradients=gradients)
     step.formula["gradients"] = f"{sum(trainable):,} × {s.element if s.everything else s.way.adapter} B, freed after each step"
@@ -273,7 +270,11 @@ def assumptions(s: Setting) -> Iterator[str]:
         yield "gradients are freed after each step" if s.gradient_accumulation_steps == 1 else "gradients stay from forward to forward"
         if isinstance(s.config, LoraConfig | BottleneckConfig):
             yield f"adapters in {'the type of the weights' if s.way.adapter == s.element else 'fp32'}"
-    yield {"flash": "attention by a fused kernel", "eager": "attention written out: probabilities of all pairs of tokens"}[s.attention]
+    yield {
+        "flash": "attention by a fused kernel",
+        "eager": "attention written out: probabilities of all pairs of tokens",
+        "math": "attention by PyTorch's plain operations in fp32",
+    }[s.attention]
     if s.config is not None and s.shape.dropouts[1] and s.attention == "flash" and not s.way.flash:
         yield "with dropout in the attention a CPU has no fused kernel: its probabilities are kept in fp32"
     if s.quant is not None:
