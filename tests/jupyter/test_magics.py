@@ -133,3 +133,23 @@ def test_a_cell_is_pairs_or_json_or_texts() -> None:
     assert prompts(" a \n\nb") == ["a", "b"]
     with pytest.raises(ConfigError):
         prompts("\n")
+
+
+def test_questions_are_answered_from_a_shape_and_from_the_model(shell: InteractiveShell) -> None:
+    found, out = said(shell, "memory meta-llama/Llama-3.2-1B --r 8 --quant nf4")
+    assert found.total == ln.estimate("meta-llama/Llama-3.2-1B", ln.LoraConfig(r=8, lora_alpha=16), quant="nf4").total
+    assert "→ estimate" in out
+    assert said(shell, "memory gpt2 --method generation")[0].total < said(shell, "memory gpt2 --method full")[0].total
+    with pytest.raises(UsageError, match="full has none"):
+        said(shell, "memory gpt2 --method full --r 4")
+    table, _ = said(shell, "latency --rounds 1 --seq-len 4")
+    assert {"base", "lora", "lora, merged", "dora", "houlsby"} <= set(table.seconds)
+
+
+def test_answers_are_checked(shell: InteractiveShell) -> None:
+    assert said(shell, "check 00.1 8,192")[0].passed
+    shell.user_ns["mine"] = 3
+    assert said(shell, "check 00.1 $mine")[0].passed is False
+    assert said(shell, "check 00.1")[0].passed is None
+    with pytest.raises(UsageError, match="no such exercise"):
+        said(shell, "check 99.9 1")
