@@ -29,6 +29,7 @@ from lora_nb.memory.trace import trace_memory
 from lora_nb.merge import MergeReport, merge, unmerge
 from lora_nb.origin import fingerprint
 from lora_nb.quantization import QuantReport, quantize
+from lora_nb.rank import RankReport, find_rank, shrink
 from lora_nb.routing import rows
 from lora_nb.serving import AdapterServer
 from lora_nb.showing import Source, show
@@ -63,6 +64,7 @@ __all__ = [
     "Pair",
     "QuantConfig",
     "QuantReport",
+    "RankReport",
     "Run",
     "Source",
     "Step",
@@ -79,6 +81,7 @@ __all__ = [
     "errors",
     "estimate",
     "evaluate",
+    "find_rank",
     "fingerprint",
     "generate",
     "inspect",
@@ -94,6 +97,7 @@ __all__ = [
     "save",
     "set_active",
     "show",
+    "shrink",
     "steps",
     "sweep_latency",
     "trace_memory",

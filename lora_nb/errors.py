@@ -42,6 +42,10 @@ class LatencyError(LoraNbError, ValueError):
     """A measurement that cannot be made as it was asked for."""
 
 
+class RankError(LoraNbError, ValueError):
+    """A rank that cannot be found with what was given."""
+
+
 class TrainingError(LoraNbError, RuntimeError):
     """Training that cannot start, or cannot go on without harm."""
 

@@ -18,6 +18,7 @@ BUILT_IN = {
     errors.TrainingError: RuntimeError,
     errors.OutOfMemoryError: MemoryError,
     errors.LatencyError: ValueError,
+    errors.RankError: ValueError,
 }
 
 

@@ -34,7 +34,7 @@ from lora_nb.training.memory_use import explained, forget_peak, is_out_of_memory
 from lora_nb.training.modes import prepared
 from lora_nb.training.optim import make_optimizer, set_rates, trainable
 from lora_nb.training.precision import Precision
-from lora_nb.training.run import Run, Step
+from lora_nb.training.run import Origin, Run, Step
 from lora_nb.training.sampler import Sampler, total_steps
 from lora_nb.training.signals import Terminated, heeded, whole
 from lora_nb.training.state import Keeper
@@ -68,6 +68,7 @@ def train(
     held = eval_dataset.encode(tokenizer, config.seq_len) if eval_dataset is not None else []
     work = _prepare(model, dataset.encode(tokenizer, config.seq_len), int(tokenizer.pad_token_id or 0), config)
     run, turns = work.run, _turns(work)
+    run.origin = Origin(model, tokenizer, dataset, eval_dataset)
 
     def look(watchers: Watchers) -> None:
         """Evaluate, unless that was just done at this very step."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict, dataclass, field
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from lora_nb.configs import TrainConfig
+from lora_nb.datasets import Dataset
 from lora_nb.render import format_bytes, html_table, svg_curve, text_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,18 @@ class Step:
         return {key: value if isfinite(value) else None for key, value in asdict(self).items()}
 
 
+class Origin:
+    """What a run was made from, for what is asked of it afterwards; the model only as long as somebody else has it, too."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, eval_dataset: Dataset | None) -> None:
+        self._model = weakref.ref(model)
+        self.tokenizer, self.dataset, self.eval_dataset = tokenizer, dataset, eval_dataset
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model()
+
+
 @dataclass
 class Run:
     """What a training run did: losses by step, evaluations as (step, loss), and what it took.
@@ -38,7 +57,7 @@ class Run:
     `tokens_per_second` counts every token that went through the model. `stopped_by` is `"max_steps"`, `"num_train_epochs"`,
     `"early_stopping"`, `"callback"`, `"interrupt"`, `"sigterm"` or `"out_of_memory"`; `notice` says what else there is to know.
     `peak_memory` is bytes: on a GPU the most that tensors held there during the run, on a CPU the most that the process ever
-    held. `memory` divides it by part; "activations and the rest" is what remains.
+    held. `memory` divides it by part; "activations and the rest" is what remains. `origin` has what `find_rank(run)` needs.
     """
 
     adapter: str | None
@@ -52,6 +71,11 @@ class Run:
     memory: dict[str, int] = field(default_factory=dict)
     stopped_by: str = "max_steps"
     notice: str = ""
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a file has the figures alone."""
+        return {**self.__dict__, "origin": None}
 
     @property
     def steps(self) -> int:
