@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from lora_nb.commands.asking import check, latency, memory
+from lora_nb.commands.asking import check, latency, memory, rank
 from lora_nb.commands.course import lab
 from lora_nb.commands.making import attach, load, save, train
 from lora_nb.commands.options import Verb
@@ -15,7 +15,7 @@ from lora_nb.commands.session import Session
 from lora_nb.commands.using import combine, generate, inspect, merge, show
 
 # On a command line nothing lasts from one verb to the next, so those that only prepare are the notebook's.
-ANYWHERE: tuple[Verb, ...] = (train, generate, inspect, memory, latency, merge, combine, show, check)
+ANYWHERE: tuple[Verb, ...] = (train, generate, inspect, memory, latency, rank, merge, combine, show, check)
 TERMINAL: tuple[Verb, ...] = (lab, *ANYWHERE)
 NOTEBOOK: tuple[Verb, ...] = (load, attach, *ANYWHERE, save)
 
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "memory",
     "merge",
+    "rank",
     "save",
     "show",
     "train",

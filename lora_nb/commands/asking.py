@@ -1,4 +1,4 @@
-"""Verbs that answer before anything is spent: memory, latency, check."""
+"""Verbs that answer before anything is spent: memory, latency, rank, check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from lora_nb.attach import adapters
 from lora_nb.checks import check as check_answer
-from lora_nb.commands.making import BOTTLENECKS, METHODS, config_of, module_names
+from lora_nb.commands.making import BOTTLENECKS, METHODS, config_of, data_names, module_names, train
 from lora_nb.commands.session import Session
 from lora_nb.commands.using import adapter_names, put_on
 from lora_nb.configs.quant import QUANT_TYPES
@@ -16,6 +16,8 @@ from lora_nb.latency import LatencyTable, measure_latency
 from lora_nb.memory.estimate import estimate, known_shapes
 from lora_nb.memory.report import Estimate
 from lora_nb.memory.trace import trace_memory
+from lora_nb.rank.find import find_rank
+from lora_nb.rank.report import RankReport
 from lora_nb.variants import variants
 
 USES = (*METHODS, "full", "generation")
@@ -95,6 +97,28 @@ def latency(
     table = measure_latency(variants(model, kinds), phase=phase, batch_size=batch_size, seq_len=seq_len, rounds=rounds)  # type: ignore[arg-type]
     session.leave(latency=table)
     return table
+
+
+def rank(
+    session: Session,
+    data: Annotated[str, "train on this first; none: take the last run of this notebook", data_names] = "",
+    *,
+    base: Annotated[str, "tiny, a folder, or a Hub id; default: what is loaded, else tiny"] = "",
+    r: Annotated[int, "the rank to train at, surely enough"] = 32,
+    max_steps: Annotated[int, "optimizer steps of that run"] = 300,
+    batch_size: Annotated[int, "texts or pairs in a step"] = 16,
+    learning_rate: Annotated[float, "peak learning rate"] = 5e-3,
+    tolerance: Annotated[float, "a loss above the lowest by no more than this share of it is as good"] = 0.005,
+    polish: Annotated[int, "steps to train the adapter on that is cut to the rank found"] = 0,
+) -> RankReport:
+    """Find the smallest rank that is as good, from one run at a high one."""
+    if data:
+        train(session, data, base=base, r=r, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate)
+    if session.run is None:
+        raise ConfigError("There is no run to find the rank from: name the data to train on, as in `rank tone`.")
+    found = find_rank(session.run, tolerance=tolerance, polish=polish)
+    session.leave(ranks=found)
+    return found
 
 
 def check(

@@ -153,3 +153,13 @@ def test_answers_are_checked(shell: InteractiveShell) -> None:
     assert said(shell, "check 00.1")[0].passed is None
     with pytest.raises(UsageError, match="no such exercise"):
         said(shell, "check 99.9 1")
+
+
+def test_the_rank_is_found_from_the_last_run(shell: InteractiveShell) -> None:
+    with pytest.raises(UsageError, match="There is no run"):
+        said(shell, "rank")
+    Path("pairs.jsonl").write_text("\n".join(f'{{"prompt": "number {i}", "completion": "{i} it is"}}' for i in range(120)))
+    found, out = said(shell, "rank pairs.jsonl --r 2 --max-steps 2 --batch-size 4")
+    assert 1 <= found.rank <= 2
+    assert "run, ranks" in out
+    assert said(shell, "rank")[0].rank == found.rank
