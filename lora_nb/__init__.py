@@ -19,6 +19,7 @@ from lora_nb.combine import combine
 from lora_nb.configs import Block, BottleneckConfig, LoraConfig, QuantConfig, Sublayer, TrainConfig
 from lora_nb.conflicts import ConflictReport, conflicts
 from lora_nb.datasets import Dataset, Pair, dataset
+from lora_nb.engines import save_for_engines
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
 from lora_nb.latency import LatencySweep, LatencyTable, measure_latency, sweep_latency
@@ -33,6 +34,7 @@ from lora_nb.rank import RankReport, find_rank, shrink
 from lora_nb.routing import rows
 from lora_nb.serving import AdapterServer
 from lora_nb.showing import Source, show
+from lora_nb.storage import StorageTable, storage, store
 from lora_nb.summary import AdapterSummary, inspect
 from lora_nb.training.evaluation import Evaluation, evaluate
 from lora_nb.training.loop import Run, Step, steps, train
@@ -68,6 +70,7 @@ __all__ = [
     "Run",
     "Source",
     "Step",
+    "StorageTable",
     "Sublayer",
     "TrainConfig",
     "__version__",
@@ -95,10 +98,13 @@ __all__ = [
     "quantize",
     "rows",
     "save",
+    "save_for_engines",
     "set_active",
     "show",
     "shrink",
     "steps",
+    "storage",
+    "store",
     "sweep_latency",
     "trace_memory",
     "train",

@@ -23,6 +23,7 @@ from lora_nb.errors import AdapterFileError
 from lora_nb.render import format_bytes
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+WEIGHTS_8BIT, SCALE = "adapter_model.int8.safetensors", ".scale"  # ours alone (`storage.py`)
 HUB_WEIGHTS, HUB_INTERFACE = "adapter.safetensors", "adapter_interface.json"  # AdapterHub's, whose config is called as PEFT's
 PICKLES = {WEIGHTS: "adapter_model.bin", HUB_WEIGHTS: "pytorch_adapter.bin"}
 PREFIX = "base_model.model."  # before each module's path in a key, in PEFT's format
@@ -102,7 +103,7 @@ def read_folder(folder: Path) -> SavedAdapter:
         written = _config_file(folder)
         content = _json(folder / CONFIG, written)
         config = _meant(folder, _config, content)
-        file = folder / (HUB_WEIGHTS if of_adapterhub(content) else WEIGHTS)
+        file = weights_file(folder, content)
         tensors, metadata = tensors_of(file)
         if isinstance(config, BottleneckConfig):
             config = replace(config, blocks=_blocks(folder, metadata))
@@ -110,10 +111,33 @@ def read_folder(folder: Path) -> SavedAdapter:
         raise AdapterFileError(f"{str(folder)!r} cannot be read: {error.strerror or error}. Check the path and who may read it.") from error
     if metadata.get("weights_sha256", "") not in {"", digest(tensors)}:
         raise AdapterFileError(f"{str(file)!r} holds other values than were saved: it is damaged. Copy or save it again.")
+    tensors = _widened(file, tensors) if file.name == WEIGHTS_8BIT else tensors
     said = metadata.get("config_sha256")
     base = content.get("model_name" if of_adapterhub(content) else "base_model_name_or_path")
     named = base if isinstance(base, str) and base else None
     return SavedAdapter(config, named, tensors, metadata, said is not None and said != hashlib.sha256(written).hexdigest(), content)
+
+
+def weights_file(folder: Path, content: Mapping[str, Any]) -> Path:
+    """The file that has an adapter's weights, by what its config says."""
+    if of_adapterhub(content):
+        return folder / HUB_WEIGHTS
+    return folder / (WEIGHTS_8BIT if (folder / WEIGHTS_8BIT).is_file() and not (folder / WEIGHTS).exists() else WEIGHTS)
+
+
+def _widened(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole numbers times their scales, fp32; the rest as it is."""
+    wide: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        if key.endswith(SCALE) and key.removesuffix(SCALE) in tensors:
+            continue
+        scale = tensors.get(f"{key}{SCALE}")
+        if t.dtype == torch.int8 and (
+            scale is None or scale.ndim != 2 or any(s not in {1, n} for s, n in zip(scale.shape, t.shape, strict=False))
+        ):
+            raise AdapterFileError(f"{str(file)!r}: {key!r} has no scale that fits it. Store the adapter again.")
+        wide[key] = t if scale is None else t.float() * scale.float()
+    return wide
 
 
 def of_adapterhub(content: Mapping[str, Any]) -> bool:

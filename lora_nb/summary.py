@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from lora_nb.adapter_files import CONFIG, HUB_WEIGHTS, PREFIX, WEIGHTS, SavedAdapter, fault, read_folder
+from lora_nb.adapter_files import CONFIG, PREFIX, SavedAdapter, fault, read_folder, weights_file
 from lora_nb.configs import BottleneckConfig, LoraConfig
+from lora_nb.engines import refusals
 from lora_nb.render import format_bytes, html_table, text_table
 
 Modules = dict[str, tuple[int, int, int]]
@@ -25,7 +26,7 @@ WHERE = {
 class AdapterSummary:
     """What a saved adapter is: its config, modules (path → rank, in, out), parameters, size, base, fingerprint, and what looks odd.
 
-    Of a bottleneck adapter the rank is the size of the bottleneck.
+    Of a bottleneck adapter the rank is the size of the bottleneck. `engines`: what vLLM, LoRAX and SGLang would refuse it for.
     """
 
     path: str
@@ -36,6 +37,7 @@ class AdapterSummary:
     base: str | None
     fingerprint: str | None
     warnings: list[str]
+    engines: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def _rows(self) -> list[tuple[str, str]]:
         ranks = ", ".join(str(r) for r in sorted({r for r, _, _ in self.modules.values()}))
@@ -47,7 +49,8 @@ class AdapterSummary:
             "modules": f"{len(self.modules)}: " + ", ".join(sorted({m.rsplit(".", 1)[-1] for m in self.modules})),
             "size": format_bytes(self.bytes),
         }
-        return [*facts.items(), *(("warning", w) for w in self.warnings)]
+        served = [(engine, "; ".join(whys) or "takes it") for engine, whys in self.engines.items()]
+        return [*facts.items(), *served, *(("warning", w) for w in self.warnings)]
 
     def _method(self) -> str:
         c = self.config
@@ -78,10 +81,11 @@ def inspect(path: str | Path) -> AdapterSummary:
     modules, odd = _bottlenecks(saved) if isinstance(saved.config, BottleneckConfig) else _low_rank(saved.tensors, saved.config)
     odd += [f"{key} {wrong}" for key, t in saved.tensors.items() if (wrong := fault(t))]
     odd += ["config and weights were not saved together"] if saved.edited else []
-    weights = HUB_WEIGHTS if isinstance(saved.config, BottleneckConfig) else WEIGHTS
-    size = sum(p.stat().st_size for p in (folder / CONFIG, folder / weights))
+    size = sum(p.stat().st_size for p in (folder / CONFIG, weights_file(folder, saved.content)))
     count = sum(t.numel() for key, t in saved.tensors.items() if isinstance(saved.config, BottleneckConfig) or _belongs(key, saved.config))
-    return AdapterSummary(str(folder), saved.config, modules, count, size, saved.base, saved.metadata.get("base_fingerprint"), odd)
+    return AdapterSummary(
+        str(folder), saved.config, modules, count, size, saved.base, saved.metadata.get("base_fingerprint"), odd, refusals(saved)
+    )
 
 
 def _low_rank(tensors: dict[str, Tensor], config: LoraConfig) -> tuple[Modules, list[str]]:

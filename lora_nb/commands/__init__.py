@@ -11,11 +11,12 @@ from lora_nb.commands.asking import check, latency, memory, rank
 from lora_nb.commands.course import lab
 from lora_nb.commands.making import attach, load, save, train
 from lora_nb.commands.options import Verb
+from lora_nb.commands.serving import adapters, serve
 from lora_nb.commands.session import Session
 from lora_nb.commands.using import combine, generate, inspect, merge, show
 
 # On a command line nothing lasts from one verb to the next, so those that only prepare are the notebook's.
-ANYWHERE: tuple[Verb, ...] = (train, generate, inspect, memory, latency, rank, merge, combine, show, check)
+ANYWHERE: tuple[Verb, ...] = (train, generate, inspect, memory, latency, rank, merge, combine, show, check, adapters, serve)
 TERMINAL: tuple[Verb, ...] = (lab, *ANYWHERE)
 NOTEBOOK: tuple[Verb, ...] = (load, attach, *ANYWHERE, save)
 
@@ -24,6 +25,7 @@ __all__ = [
     "NOTEBOOK",
     "TERMINAL",
     "Session",
+    "adapters",
     "attach",
     "check",
     "combine",
@@ -36,6 +38,7 @@ __all__ = [
     "merge",
     "rank",
     "save",
+    "serve",
     "show",
     "train",
 ]
