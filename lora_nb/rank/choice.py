@@ -40,7 +40,7 @@ class Score:
 def search(losses: Callable[[int], Losses], most: int, tolerance: float) -> tuple[int, dict[int, Losses]]:
     """The smallest rank up to `most` that is as good as the best, and the losses at all ranks that were tried on the way.
 
-    First ranks half as large again from one to the next, then the gap below the choice is halved until it is closed.
+    First ranks twice as large from one to the next, then the gap below the choice is halved until it is closed.
     """
     table = {r: losses(r) for r in ladder(most)}
     while True:
@@ -53,9 +53,8 @@ def search(losses: Callable[[int], Losses], most: int, tolerance: float) -> tupl
 
 
 def ladder(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, 24, … and `most` itself."""
-    steps = {2**i for i in range(21)} | {3 * 2**i for i in range(20)}
-    return sorted({s for s in steps if s < most} | {most})
+    """1, 2, 4, 8, … and `most` itself."""
+    return [2**i for i in range((most - 1).bit_length())] + [most]
 
 
 def scores(table: Mapping[int, Losses]) -> dict[int, Score]:

@@ -129,7 +129,7 @@ def _given(what: str, given: Any, run: Run | None) -> Any:
 
 def _tokens(run: Run | None, cost: float, most: int) -> float:
     """Held-out tokens for each evaluation, so that all of them take the share `cost` of the run."""
-    evaluations = 1 + len(ladder(most)) + 3 + len(SHARES)  # the directions, the ladder, the gap below the choice, ranks by module
+    evaluations = 1 + len(ladder(most)) + 4 + 3  # the directions, the ladder, the gap below the choice, ranks by module
     return cost * FORWARDS * run.tokens / evaluations if run and run.tokens else MOST_TOKENS
 
 
