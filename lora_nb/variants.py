@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from lora_nb.attach import adapters, attach, detach, set_active
-from lora_nb.configs import BottleneckConfig, LoraConfig
+from lora_nb.configs import BottleneckConfig, LoraConfig, QuantConfig
 from lora_nb.errors import AdapterError, LatencyError
 from lora_nb.merge import merge
+from lora_nb.quantization import quantize
 
-Config = LoraConfig | BottleneckConfig
+Config = LoraConfig | BottleneckConfig | QuantConfig
 BASE = "base"
 
 
@@ -21,14 +22,15 @@ def variants(model: nn.Module, configs: Mapping[str, Config] | None = None) -> d
 
     Args:
         model: with adapters or without.
-        configs: name → the config of a further adapter, put on the bare base. Untrained, as it costs what a trained one costs.
+        configs: name → the config of a further adapter, put on the bare base (untrained, as it costs what a trained one costs), or of
+            the base in few bits.
 
     Returns:
         `"base"`; each adapter under its name, and under `"NAME, merged"` where a weight can take it in.
 
     Raises:
         LatencyError: a name given twice, or what is merged cannot be told from the base.
-        TargetError: a config names something that the model lacks.
+        TargetError, QuantizationError: a config does not fit the model.
     """
     if adapters(model).merged is not None:
         raise LatencyError("An adapter is merged into this model, so the base is not in it: unmerge(model) first.")
@@ -48,6 +50,10 @@ def variants(model: nn.Module, configs: Mapping[str, Config] | None = None) -> d
         made |= {name: variant, **_merged(variant, name)}
     for name, config in wanted.items():
         variant = sharing(bare)
+        if isinstance(config, QuantConfig):
+            quantize(variant, config)
+            made[name] = variant
+            continue
         attach(variant, config)
         made |= {name: variant, **_merged(variant, name)}
     return {name: m.eval() for name, m in made.items()}

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lora_nb.attach import adapters, attach, disabled, set_active
-from lora_nb.configs import BottleneckConfig, LoraConfig
+from lora_nb.configs import BottleneckConfig, LoraConfig, QuantConfig
 from lora_nb.errors import LatencyError, TargetError
 from lora_nb.layers.adapted import AdaptedLayer
+from lora_nb.layers.linear4bit import is_quantized
 from lora_nb.merge import merge
 from lora_nb.variants import sharing, variants
 from tests.models import fill, tiny_gpt2, tiny_llama, token_ids
@@ -63,6 +64,19 @@ def test_further_configs_stand_on_the_bare_base() -> None:
     assert list(made) == ["base", "default", "default, merged", "Houlsby", "LoRA", "LoRA, merged"]  # no weight takes a bottleneck in
     assert len([m for m in made["LoRA"].modules() if isinstance(m, AdaptedLayer)]) == 3
     assert torch.equal(logits(made["LoRA"]), logits(made["base"]))  # untrained
+
+
+def test_a_base_in_four_bits_stands_beside_the_whole_one() -> None:
+    model = tiny_llama()
+    made = variants(model, {"NF4": QuantConfig(), "LoRA": CONFIG})
+    assert list(made) == ["base", "NF4", "LoRA", "LoRA, merged"]
+    assert is_quantized(made["NF4"].model.layers[0].mlp.up_proj)
+    assert not is_quantized(model.model.layers[0].mlp.up_proj)
+    assert torch.equal(logits(made["base"]), logits(model))
+    assert 0 < float((logits(made["NF4"]) - logits(model)).norm() / logits(model).norm()) < 0.5
+    on_top = variants(made["NF4"], {"QLoRA": CONFIG})
+    assert torch.equal(logits(on_top["QLoRA"]), logits(made["NF4"]))
+    assert not is_quantized(on_top["QLoRA, merged"].model.layers[0].mlp.up_proj)
 
 
 def test_a_copy_that_trains_does_not_change_what_the_model_trains() -> None:
