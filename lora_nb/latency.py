@@ -48,7 +48,9 @@ class LatencyTable:
     flops: dict[str, int]
     launches: dict[str, int]
 
-    def _title(self) -> str:
+    @property
+    def title(self) -> str:
+        """What was timed."""
         rows, tokens = f"batch of {self.batch_size}", f"{self.seq_len} token{'s' * (self.seq_len > 1)}"
         return f"prefill of {tokens}, {rows}" if self.phase == "prefill" else f"one more token after {tokens}, {rows}"
 
@@ -70,10 +72,10 @@ class LatencyTable:
         ]
 
     def __repr__(self) -> str:
-        return self._title() + "\n" + text_table(self._header(), self._rows())
+        return self.title + "\n" + text_table(self._header(), self._rows())
 
     def _repr_html_(self) -> str:
-        return html_table(self._header(), self._rows(), self._title())
+        return html_table(self._header(), self._rows(), self.title)
 
 
 @dataclass(frozen=True)
