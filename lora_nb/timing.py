@@ -30,7 +30,7 @@ class Times:
     def spread(self, name: str, peer: str) -> tuple[float, float]:
         """The middle half of those ratios."""
         ratios = self._ratios(name, peer)
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
         return low, high
 
     def _ratios(self, name: str, peer: str) -> list[float]:
