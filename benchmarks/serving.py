@@ -400,11 +400,11 @@ def beside(setting: Setting) -> list[Line]:
 
 
 def sharing(model: nn.Module, rows: list[Row], kept: KeyValues, chosen: list, train: list[Row]) -> Callable[[], None]:
-    goals = [torch.tensor(row.ids[1:]) for row in train]
+    goals, shares = [torch.tensor(row.ids[1:]) for row in train], {}
 
     def run() -> None:
         batch = Pass(rows, kept)
-        with ln.disabled(model), sent(chosen, batch):
+        with ln.disabled(model), sent(chosen, batch, shares):
             logits = forward(model, batch, routed=True)[-len(train) :]
         loss = F.cross_entropy(torch.cat(logits), torch.cat(goals))
         model.zero_grad()

@@ -26,6 +26,8 @@ from lora_nb.layers.grouped import MULTIPLE
 from lora_nb.layers.lora import LoraWeights
 from lora_nb.layers.ways import Plan, add_low_rank
 
+SINGLES = 3  # adapters that train and go one by one; if there are more, all are stacked in every forward
+
 
 class Routing:
     """Whose the rows of one batch are.
@@ -70,20 +72,23 @@ class Routing:
         if len(share.names) == 1 and self.names.count(share.names[0]) == len(self.names):
             return alone(layer, share.names[0], args, kwargs)
         y = layer.base(*args, **kwargs)
-        if share.low_rank:
-            x = args[0] if args else next(iter(kwargs.values()))
-            y = self._low_rank(layer, share, x, y)
+        if share.low_rank or share.singles:
+            y = self._low_rank(layer, share, args[0] if args else next(iter(kwargs.values())), y)
         for name in share.others:
             y = self._one_more(layer, name, y, args, kwargs)
         return y
 
     def _low_rank(self, layer: AdaptedLayer, share: Share, x: Tensor, y: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat, out = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         self._check(x)
-        plan = self.plan(share.low_rank, len(flat))
-        a, b = share.stack()
         in_place = not torch.is_grad_enabled() and not layer.base._forward_hooks
-        out = add_low_rank(y.reshape(-1, y.shape[-1]), flat.to(a.dtype), a, b, plan, in_place=in_place)
+        if share.low_rank:
+            a, b = share.stack()
+            out = add_low_rank(out, flat.to(a.dtype), a, b, self.plan(share.low_rank, len(flat)), in_place=in_place)
+        for name, part in share.singles.items():
+            order = self.plan((name,), len(flat)).order
+            update = part.update(layer, part.dropped(flat.index_select(0, order)))
+            out = out.index_add(0, order, update.to(out.dtype))
         return out.view_as(y)
 
     def _one_more(self, layer: AdaptedLayer, name: str, y: Any, args: Any, kwargs: Any) -> Any:
@@ -167,15 +172,21 @@ class Routing:
 
 
 class Share:
-    """Which of the batch's adapters one layer has, and the low-rank ones of them stacked."""
+    """Which of the batch's adapters one layer has, and the low-rank ones of them stacked.
+
+    A few that train beside others are `singles`: the stack of those others is then made once, not in every step.
+    """
 
     def __init__(self, layer: AdaptedLayer, adapters: Sequence[str]) -> None:
         self.names = tuple(name for name in adapters if name in layer.adapters)
         parts: dict[str, Any] = {name: layer.adapters[name] for name in self.names}
-        self.low_rank = tuple(name for name, part in parts.items() if is_low_rank(part))
-        self.others = tuple(name for name in self.names if name not in self.low_rank)
-        self.parts: list[LoraWeights] = [parts[name] for name in self.low_rank]
-        self.trains = any(p.requires_grad for part in self.parts for p in part.parameters())
+        low_rank: dict[str, LoraWeights] = {name: part for name, part in parts.items() if is_low_rank(part)}
+        training = {name: part for name, part in low_rank.items() if part.lora_A.requires_grad or part.lora_B.requires_grad}
+        self.singles = training if len(training) <= SINGLES else {}
+        self.others = tuple(name for name in self.names if name not in low_rank)
+        self.low_rank = tuple(name for name in low_rank if name not in self.singles)
+        self.parts = [low_rank[name] for name in self.low_rank]
+        self.trains = any(name in training for name in self.low_rank)
         self._stack: tuple[Tensor, Tensor] | None = None
 
     def stack(self) -> tuple[Tensor, Tensor]:
