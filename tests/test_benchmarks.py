@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +30,34 @@ def test_training(tmp_path: Path) -> None:
             assert (row["value"] is None) or row["value"] > 0
             assert row["measure"] in done.stdout
             assert row["met"] in ({"yes", "no"} if row["target"] and row["value"] else {""})
+
+
+def ran(script: str, folder: Path, *words: str) -> dict[str, Any]:
+    """What a benchmark wrote at its tiny size."""
+    out = folder / "out.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--out", str(out), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_rank(tmp_path: Path) -> None:
+    found = ran("rank.py", tmp_path, "--only", "planted")["planted"]
+    assert len(found["runs"]) == 2 * 2 * 3  # sizes, ranks, noises
+    assert found["summary"]["128 × 128, noise 0.1 and 1"]["within ±25 %"] == "4 of 4"
+    assert {"processor", "cores", "torch", "date"} <= found["machine"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_latency(tmp_path: Path) -> None:
+    (section,) = ran("latency.py", tmp_path, "--only", "124M", "--threads", "1").values()
+    rows = {(row["phase"], row["variant"], row["over"]): row for row in section["rows"]}
+    merged, lora = rows["decode", "LoRA, merged", "base"], rows["decode", "LoRA", "base"]
+    assert merged["target"] == [0.97, 1.03]
+    assert merged["operations"] == merged["operations of the other"]
+    assert lora["operations"] > lora["operations of the other"]
+    assert rows["decode", "LoRA", "PEFT LoRA"]["ratio"] > 0
+    assert {"processor", "cores", "torch", "peft", "date"} <= section["machine"].keys()
