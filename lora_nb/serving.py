@@ -37,7 +37,7 @@ from lora_nb.tiers import Tiers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARES = 8  # sets of adapters whose stacked weights are kept
+SHARES = 2  # sets of adapters whose stacked weights are kept
 
 
 class AdapterServer:
@@ -292,7 +292,8 @@ class AdapterServer:
             return False
         if not self.tiers.place(name, in_use):
             return None
-        self._shares.clear()
+        for names in [names for names in self._shares if name in names]:  # it may have been read anew
+            del self._shares[names]
         return True
 
     def _refuse(self, name: str, error: LoraNbError) -> None:

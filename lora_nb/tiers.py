@@ -27,6 +27,7 @@ from lora_nb.attach_report import AttachReport, report_of
 from lora_nb.checkpoint import fill_part, fit_file
 from lora_nb.errors import AdapterError, AdapterFileError, LoraNbError, nearest
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
+from lora_nb.layers.mixed import forget
 
 AHEAD = 2  # adapters that are loaded ahead of their turn
 NAME = re.compile(r"[A-Za-z0-9][\w\- ]{0,199}")  # no dot, no slash: it is also the name of a folder
@@ -167,7 +168,7 @@ class Tiers:
             if full:
                 self._take_off(free[0])
             for path, part in loaded.parts.items():
-                self._layer(path).adapters[name] = part.to(self.device)
+                self._layer(path).adapters[name] = part if self.device.type == "cpu" else part.to(self.device)
             adapters(self.model).reports[name] = loaded.report
             self.slots[name] = loaded
             self._asked.discard(name)
@@ -186,7 +187,9 @@ class Tiers:
         loaded = self.slots.pop(name)
         for path, part in loaded.parts.items():
             del self.layers[path].adapters[name]
-            part.to("cpu")
+            forget(part)
+            if self.device.type != "cpu":
+                part.to("cpu")
         adapters(self.model).reports.pop(name, None)
         self._keep(name, loaded)
 

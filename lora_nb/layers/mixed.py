@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from lora_nb.layers.grouped import MULTIPLE
 from lora_nb.layers.lora import LoraWeights
 from lora_nb.layers.ways import Plan, add_low_rank
 
+_LAID: WeakKeyDictionary[LoraWeights, tuple[object, Tensor, Tensor]] = WeakKeyDictionary()
 SINGLES = 3  # adapters that train and go one by one; if there are more, all are stacked in every forward
 
 
@@ -210,10 +212,29 @@ def stacked(parts: Sequence[LoraWeights]) -> tuple[Tensor, Tensor]:
     """A (G, r, in) and s · Bᵀ (G, r, out), r the largest rank rounded up."""
     rank = max(part.r for part in parts)
     rank += -rank % MULTIPLE
-    return (
-        torch.stack([_filled(part.lora_A, rank) for part in parts]),
-        torch.stack([_filled(part.lora_B.T * part.scaling, rank) for part in parts]),
-    )
+    pairs = [laid(part, rank) for part in parts]
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+
+
+def laid(part: LoraWeights, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and s · Bᵀ (rank, out) of one adapter, zeros below its own rank; kept until its values change.
+
+    (A value written through `.data` goes unnoticed, by this as by autograd.)
+    """
+    a, b = part.lora_A, part.lora_B
+    if a.requires_grad or b.requires_grad or a.is_inference() or b.is_inference():
+        return _filled(a, rank), _filled(b.T * part.scaling, rank)
+    state = (rank, part.scaling, *((p._version, p.data_ptr()) for p in (a, b)))
+    kept = _LAID.get(part)
+    if kept is None or kept[0] != state:
+        kept = _LAID[part] = (state, _filled(a.detach(), rank), _filled((b.detach().T * part.scaling).contiguous(), rank))
+    return kept[1], kept[2]
+
+
+def forget(part: Part) -> None:
+    """Let go of what is kept of an adapter that will not act for a while."""
+    if isinstance(part, LoraWeights):
+        _LAID.pop(part, None)
 
 
 def _filled(m: Tensor, rank: int) -> Tensor:

@@ -192,6 +192,12 @@ def test_an_adapter_that_trains_is_read_anew_others_once(monkeypatch: pytest.Mon
         model[0].adapters["a"].lora_B.add_(1.0)
         assert (model(x)[0] - before[0]).abs().max() > 0.1
     ln.set_active(model, [])
+    with torch.no_grad():
+        model[0].adapters["b"].lora_B.mul_(3.0)
+    with torch.no_grad(), ln.rows(model, ["a", "b", "b"]):
+        found = model(torch.cat([x, x[1:]]))
+    assert torch.allclose(found, alone(model, torch.cat([x, x[1:]]), ["a", "b", "b"]), atol=1e-5)
+    ln.set_active(model, [])
     count = []
     monkeypatch.setattr("lora_nb.layers.mixed.stacked", lambda parts: count.append(1) or stacked(parts))
     with torch.no_grad(), ln.rows(model, ["a", "b"]):
