@@ -17,7 +17,7 @@ def table(batch: int = 1, length: int = 64) -> LatencyTable:
 def report() -> RankReport:
     scores = {1: Score(2.5, 0.5, 0.02), 4: Score(2.005, 0.005, 0.001), 8: Score(2.0, 0.0, 0.0)}
     ranks = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.self_attn.q_proj": 6, "model.layers.1.mlp.up_proj": 4, "lm_head": 1}
-    return RankReport("tone", 4, (3, 6), scores, ranks, 0.25, 2.004, 0.005, 40, 1.0, 0.03, {})
+    return RankReport("tone", 4, (3, 6), scores, ranks, 0.25, 2.004, 0.005, 40, 1.0, 0.03, {}, 3.0)
 
 
 def words(figure) -> str:

@@ -72,7 +72,7 @@ def find_rank(
     _check(tolerance, cost, polish)
     model = _given("model", model, run)
     assert model is not None
-    name = only_name(model, name or (run.adapter if run else None))
+    name = _adapter(model, name, run)
     trainable = (_given("tokenizer", tokenizer, run), _given("dataset", None, run)) if polish else None
     most = max((part.r for part in weights(model, name).values()), default=0)
     if losses is None:
@@ -88,6 +88,7 @@ def find_rank(
                 cut(ranks)
                 return held()
 
+            bare = at(dict.fromkeys(found, 0))
             rank, table = search(lambda r: at({path: min(r, d.rank) for path, d in found.items()}), most, tolerance)
             ranks, saving, loss = _by_module(found, rank, table[rank], at)
     taken = time.perf_counter() - start
@@ -104,7 +105,8 @@ def find_rank(
         taken,
         taken / run.seconds if run and run.seconds else None,
         found,
-        _notes(rank, most),
+        bare.mean,
+        _notes(rank, most, as_good(compared(bare, table[rank]), table[rank].mean, tolerance)),
     )
     return report if trainable is None or run is None else _polished(report, model, run.config, trainable, steps=polish, held=held)
 
@@ -118,8 +120,20 @@ def _check(tolerance: float, cost: float, polish: int) -> None:
         raise ConfigError(f"find_rank(polish={polish!r}): it is a number of optimizer steps, 0 for none.")
 
 
+def _adapter(model: nn.Module, name: str | None, run: Run | None) -> str:
+    """The adapter to look at."""
+    trained = run.adapter if run else None
+    if name is None and trained is not None and trained not in adapters(model).reports and ", " in trained:
+        raise RankError(f"The run trained several adapters ({trained}), each of which has a rank: say which one with name=….")
+    return only_name(model, name or trained)
+
+
 def _given(what: str, given: Any, run: Run | None) -> Any:
     """What was given, or else what the run has kept."""
+    if run is not None and not isinstance(run, Run):
+        raise RankError(
+            f"find_rank(run) takes what train() gave, not a {type(run).__name__}; without a run give model=…, tokenizer=…, eval_dataset=…."
+        )
     found = given if given is not None else getattr(run.origin, what) if run and run.origin else None
     if found is None:
         why = f"the run has no {what}, or not any more" if run else "there is no run to take it from"
@@ -129,7 +143,7 @@ def _given(what: str, given: Any, run: Run | None) -> Any:
 
 def _tokens(run: Run | None, cost: float, most: int) -> float:
     """Held-out tokens for each evaluation, so that all of them take the share `cost` of the run."""
-    evaluations = 1 + len(ladder(most)) + 4 + 3  # the directions, the ladder, the gap below the choice, ranks by module
+    evaluations = 2 + len(ladder(most)) + 4 + 3  # the directions, the base, the ladder, the gap below the choice, ranks by module
     return cost * FORWARDS * run.tokens / evaluations if run and run.tokens else MOST_TOKENS
 
 
@@ -163,10 +177,10 @@ def _polished(
     return replace(report, adapter=made.name, polished=loss)
 
 
-def _notes(rank: int, most: int) -> tuple[str, ...]:
-    if rank < most:
-        return ()
-    return (f"This is the rank of the run itself, so more might do better still: train once more with a rank above {most}.",)
+def _notes(rank: int, most: int, idle: bool) -> tuple[str, ...]:
+    more = f"This is the rank of the run itself, so more might do better still: train once more with a rank above {most}."
+    nothing = "The base without the adapter is as good on these data, so they say nothing of a rank."
+    return (nothing,) if idle else (more,) if rank == most else ()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def of_blocks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, blocks: Sequ
 
     def losses() -> Losses:
         parts = [_sums(model, ids.to(device), labels) for ids, labels in rows]
-        return Losses(torch.cat([sums for sums, _ in parts]), torch.cat([tokens for _, tokens in parts]))
+        return _finite(Losses(torch.cat([sums for sums, _ in parts]), torch.cat([tokens for _, tokens in parts])))
 
     return losses
 
@@ -57,9 +57,15 @@ def of_function(model: nn.Module, losses: Callable[[nn.Module], Tensor]) -> Call
         if not isinstance(found, Tensor) or found.ndim != 1 or len(found) < FEWEST:
             what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise RankError(f"losses(model) gave {what}: it must give the loss of each of at least {FEWEST} examples, (n,).")
-        return Losses(found.detach().double().cpu(), torch.ones(len(found)))
+        return _finite(Losses(found.detach().double().cpu(), torch.ones(len(found))))
 
     return checked
+
+
+def _finite(losses: Losses) -> Losses:
+    if not losses.sums.isfinite().all():
+        raise RankError("A held-out loss is NaN or infinite, with which no rank can be compared: look at the data and at the run's losses.")
+    return losses
 
 
 def _sums(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

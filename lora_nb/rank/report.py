@@ -27,7 +27,8 @@ class RankReport:
     `scores` are held-out losses by rank; `interval` is where the choice falls in nine of ten draws of the held-out examples.
     `rank_pattern` has the modules for which another rank than `rank` does as well, with `saving` as the share of the parameters
     that goes; it is empty where none could be saved. `examples` and `seconds` say what it took, `share` of the run's time;
-    `directions` are the updates taken apart, `adapter` the cut and polished adapter, if one was asked for, and `polished` its loss.
+    `base_loss` is the loss of the base alone, `directions` are the updates taken apart; `adapter` is the cut and polished adapter, if
+    one was asked for, and `polished` its loss.
     """
 
     name: str
@@ -42,6 +43,7 @@ class RankReport:
     seconds: float
     share: float | None
     directions: dict[str, Directions] = field(repr=False)
+    base_loss: float
     notes: tuple[str, ...] = ()
     adapter: str | None = None
     polished: float | None = None

@@ -49,6 +49,8 @@ def test_a_planted_rank_is_found(rank, noise) -> None:
     assert abs(report.rank - rank) <= rank / 4
     assert report.interval[0] <= report.rank <= report.interval[1]
     assert report.scores[report.rank].loss < report.scores[MOST].loss  # what is cut off was noise
+    assert report.base_loss > report.scores[MOST].loss
+    assert not report.notes
 
 
 def texts() -> tuple[object, object]:
@@ -135,6 +137,15 @@ def test_polish_trains_the_cut_adapter_and_leaves_the_other(trained) -> None:
     assert "trained on" in repr(report)
 
 
+def test_an_adapter_that_learnt_nothing_is_said_to() -> None:
+    model, ids = tiny_llama(), token_ids(12)
+    attach(model, LoraConfig(r=4, lora_alpha=6))
+    report = find_rank(model=model, losses=lambda m: m(input_ids=ids).logits.square().mean((1, 2)))
+    assert report.rank == 1
+    assert report.base_loss == pytest.approx(report.scores[4].loss)
+    assert "they say nothing of a rank" in repr(report)
+
+
 def test_a_run_keeps_no_model_alive_and_can_be_stored(trained) -> None:
     model, run = trained
     assert run.origin.model is model
@@ -175,6 +186,13 @@ def test_what_is_missing_is_named(trained) -> None:
         find_rank(model=model, losses=lambda _: torch.ones(3))
     with pytest.raises(RankError, match="needs tokenizer"):
         find_rank(model=model, losses=lambda _: pytest.fail("ran"), polish=2)
+    with pytest.raises(RankError, match="NaN or infinite"):
+        find_rank(model=model, losses=lambda _: torch.full((9,), float("inf")))
+    with pytest.raises(RankError, match="not a str"):
+        find_rank("run")
+    run.adapter = "a, b"
+    with pytest.raises(RankError, match=r"several adapters \(a, b\)"):
+        find_rank(run)
     with pytest.raises(AdapterError, match="no adapter 'defalt'"):
         find_rank(run, name="defalt")
     set_active(model, [])
