@@ -61,3 +61,28 @@ def test_latency(tmp_path: Path) -> None:
     assert lora["operations"] > lora["operations of the other"]
     assert rows["decode", "LoRA", "PEFT LoRA"]["ratio"] > 0
     assert {"processor", "cores", "torch", "peft", "date"} <= section["machine"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_serving(tmp_path: Path) -> None:
+    out, sections = tmp_path / "serving.json", {"layer": 3, "part": 2, "active": 3, "beside": 1}
+    words = [sys.executable, str(BENCHMARKS / "serving.py"), "--quick", "--threads", "1", "--out", str(out), "--only", *sections]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())["sections"]
+    assert {name: len(s["rows"]) for name, s in found.items()} == sections
+    assert all(row["value"] > 0 and row["measure"] in done.stdout for s in found.values() for row in s["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_soak(tmp_path: Path) -> None:
+    """For some seconds: too short to judge the memory, not to see that nobody gets a wrong text or none."""
+    out = tmp_path / "soak.json"
+    words = [sys.executable, str(BENCHMARKS / "soak.py"), "--minutes", "0.2", "--adapters", "10", "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    found = json.loads(out.read_text())
+    assert found["failures"] == [], done.stdout[-3000:]
+    assert found["wrong rows"] == 0
+    assert found["requests"]["ended: length"] + found["requests"].get("ended: stop", 0) > 10

@@ -77,8 +77,8 @@ def test_other_architectures(make) -> None:
         assert (logits(model, ids) - expected).abs().max() < 1e-5
 
 
-def test_a_merged_or_quantized_base_is_below() -> None:
-    """What is beneath does not matter: here a frozen linear of another class."""
+def test_what_is_beneath_does_not_matter() -> None:
+    """Here a frozen linear of another class."""
 
     class Other(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +95,17 @@ def test_a_merged_or_quantized_base_is_below() -> None:
     for i, name in enumerate("ab"):
         ln.set_active(model, name)
         assert torch.allclose(y[i], model(x[i : i + 1])[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_base_in_four_bits() -> None:
+    model = tiny_llama()
+    ln.quantize(model, ln.QuantConfig())
+    model = many(model, {k: KINDS[k] for k in ("small", "scaled", "houlsby")})
+    names, ids = ["scaled", None, "small", "houlsby", "small"], token_ids(5, 7)
+    expected = alone(model, ids, names)
+    with ln.rows(model, names):
+        assert (logits(model, ids) - expected).abs().max() < 1e-5
 
 
 def test_gradients_of_one_step_for_several_adapters() -> None:
