@@ -339,11 +339,11 @@ def loaded(setting: Setting) -> list[Line]:
         lines = []
         for threads in setting.threads:
             torch.set_num_threads(threads)
-            counts = (5, 8, 12) if setting.quick else (5, 16, 64, 237)
+            counts = (5, 8, 12) if setting.quick else (5, 16, 237)
             speeds: dict[int, list[float]] = {count: [] for count in counts}
-            for turn in range(1 if setting.quick else 3):
+            for turn in range(1 if setting.quick else 2):
                 for count in counts[turn % len(counts) :] + counts[: turn % len(counts)]:
-                    speeds[count].append(throughput(folder, count, 24 if setting.quick else 120, 16 if setting.quick else 48))
+                    speeds[count].append(throughput(folder, count, 24 if setting.quick else 64, 16 if setting.quick else 48))
             medians = {count: statistics.median(values) for count, values in speeds.items()}
             note = ", ".join(f"{count} adapters {speed:,.0f}" for count, speed in medians.items()) + " tokens/s"
             what = f"tokens a second, 16 texts at a time, {counts[-1]} loaded adapters / {{}}"

@@ -342,7 +342,7 @@ class Door:
         self.server.close()
 
     def __repr__(self) -> str:
-        return f"{len(self.server.adapters())} adapters at {self.address}; close() ends it"
+        return f"{len(self.server.adapters())} adapters at {self.address}"
 
     def __enter__(self) -> Self:
         return self

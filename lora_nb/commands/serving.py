@@ -58,7 +58,7 @@ def serve(
         server.close()
         raise
     said = f"the token is that of {TOKEN}" if os.environ.get(TOKEN) else f"its token is {token}"
-    session.say(f"{opened!r}; {said}")
+    session.say(f"{opened!r}; {said}; {'close()' if session.lasting else 'Ctrl-C'} ends it")
     if session.lasting:
         session.leave(door=opened, server=server)
         return opened
