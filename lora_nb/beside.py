@@ -24,13 +24,29 @@ from lora_nb.attach import parameters, parts
 from lora_nb.blocks import IGNORE, Block
 from lora_nb.configs import TrainConfig
 from lora_nb.datasets import Dataset
-from lora_nb.errors import LoraNbError, TrainingError
+from lora_nb.errors import ConfigError, LoraNbError, TrainingError
 from lora_nb.packed import Row
 from lora_nb.training.loop import Run
-from lora_nb.training.optim import learning_rate, make_optimizer
+from lora_nb.training.optim import make_optimizer, set_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+DEFAULT_STEPS = 200  # as TrainConfig says
+# What the loop of `train` has, and a training that shares its forwards has not.
+IDLE = (
+    "packing",
+    "gradient_checkpointing",
+    "compile",
+    "eval_every",
+    "early_stopping_patience",
+    "checkpoint_dir",
+    "checkpoint_every",
+    "resume",
+    "log_file",
+    "tensorboard_dir",
+)
 
 
 class Beside:
@@ -40,6 +56,9 @@ class Beside:
         name: an adapter that the model carries.
         config: `batch_size` rows make a step, `gradient_accumulation_steps` times as many if that is above 1.
         rows_at_once: how many of them go into one forward; the fewer, the less those who are served wait.
+
+    Raises:
+        ConfigError: a setting of `train` that has no place here.
     """
 
     def __init__(
@@ -52,6 +71,7 @@ class Beside:
         *,
         rows_at_once: int = 1,
     ) -> None:
+        _refuse_idle(config)
         self.name, self.config, self.run = name, config, Run(name, config)
         self.error: LoraNbError | None = None
         self.stopped = threading.Event()
@@ -63,10 +83,17 @@ class Beside:
             part.requires_grad_(requires_grad=True).train()
         self._optimizer = make_optimizer(model, config)
         self._turns = self._batches(rows_at_once)
-        self._total = config.max_steps or math.ceil(len(self._blocks) * (config.num_train_epochs or 1) / self._rows_a_step)
+        self._total = self._steps_asked()
         self._begun = time.perf_counter()
         self._loss, self._last, self._now = 0.0, False, list[Block]()
         self._count = 1
+
+    def _steps_asked(self) -> int:
+        """By steps, by epochs, or whichever is fewer."""
+        if self.config.num_train_epochs is None:
+            return self.config.max_steps or DEFAULT_STEPS
+        wanted = max(1, math.ceil(len(self._blocks) * self.config.num_train_epochs / self._rows_a_step))
+        return min(wanted, self.config.max_steps or wanted)
 
     @property
     def _rows_a_step(self) -> int:
@@ -103,9 +130,7 @@ class Beside:
                 f"Step {self.run.steps + 1} has loss {self._loss:g} and gradient norm {norm:g}: the parameters of the step before are "
                 "kept. The usual cause is a learning rate that is too high."
             )
-        rate = learning_rate(self.config, self.run.steps, self._total)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(self._optimizer, self.config, self.run.steps, self._total)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.run.losses.append(self._loss)
@@ -159,3 +184,11 @@ class Beside:
 def _goals(block: Block) -> list[tuple[int, int]]:
     """Tokens that predict a labelled one, and that label."""
     return [(i, label) for i, label in enumerate(block.labels[1:]) if label != IGNORE]
+
+
+def _refuse_idle(config: TrainConfig) -> None:
+    """What would be passed over in silence."""
+    idle = [name for name in IDLE if getattr(config, name)]
+    idle += ["precision"] if config.precision not in {None, "fp32"} else []
+    if idle:
+        raise ConfigError(f"{idle[0]}={getattr(config, idle[0])!r} has no place in training beside serving: leave it out, or use train().")

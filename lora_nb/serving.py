@@ -122,6 +122,8 @@ class AdapterServer:
         """
         if adapter is not None:
             self.tiers.check(adapter)
+        if isinstance(prompt, str) and not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise ConfigError("The prompt is no whole Unicode: one half of a surrogate pair stands alone.")
         ids = prompt_ids(self.tokenizer, prompt)[0]
         check_settings(self.model, len(ids), max_new_tokens, temperature)
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
@@ -212,27 +214,34 @@ class AdapterServer:
 
     def _serve(self) -> None:
         """The thread that runs the model."""
-        with acting(self.model, ()):
-            while not self._closing:
-                self._end_unwanted()
-                try:
-                    self._admit()
-                    if self._running or self._trains():
-                        self._step()
-                        continue
-                except Exception as error:  # noqa: BLE001 - whatever a batch runs into, the server goes on with the next
-                    self._fail(error)
-                    continue
-                with self._change:
-                    if not self._closing:
-                        self._change.wait(0.05 if len(self._queue) else None)
-        self._shut()
+        try:
+            with acting(self.model, ()):
+                while not self._closing:
+                    self._turn()
+        finally:
+            self._shut()
+
+    def _turn(self) -> None:
+        """One step, or a wait for something to do."""
+        try:
+            self._end_unwanted()
+            self._admit()
+            if self._running or self._trains():
+                self._step()
+                return
+        except Exception as error:  # noqa: BLE001 - whatever a batch runs into, the server goes on with the next
+            self._fail(error)
+            return
+        with self._change:
+            if not self._closing:
+                self._change.wait(0.05 if len(self._queue) else None)
 
     def _trains(self) -> bool:
         return self._training is not None and not self._training.stopped.is_set()
 
     def _shut(self) -> None:
         with self._change:
+            self._closing = True
             for ticket in [*self._queue, *self._running]:
                 ticket.finish("cancelled")
         if self._training is not None:
@@ -259,22 +268,25 @@ class AdapterServer:
             self._leave(ticket, str(reason(ticket)))
 
     def _admit(self) -> None:
-        """Let requests join the batch, adapter by adapter, whoever got least first."""
-        tokens = 0
-        for name in self._line():
-            while len(self._running) < self.max_batch and tokens < self.prefill and name in self._line():
-                in_use = {t.adapter for t in self._running if t.adapter is not None}
-                placed = self._placed(name, in_use)
-                if placed is None:
-                    return  # all slots are taken: those behind may not take the next one that is free
-                if not placed:
-                    break  # it is being loaded: the others need not wait for it
-                with self._change:
-                    ticket = self._queue.pop(name)
-                    self._queue.charge(name, len(ticket.asked.prompt_ids))
-                    ticket.begun = time.monotonic()
-                    self._running.append(ticket)
-                tokens += len(ticket.asked.prompt_ids)
+        """Let requests join the batch, one after another, of whichever adapter got least."""
+        tokens, not_yet = 0, list[str | None]()
+        self.tiers.forget_errors(self._line())
+        while len(self._running) < self.max_batch and tokens < self.prefill:
+            waiting = [name for name in self._line() if name not in not_yet]
+            if not waiting:
+                return
+            placed = self._placed(waiting[0], {t.adapter for t in self._running if t.adapter is not None})
+            if placed is None:
+                return  # all slots are taken: those behind may not take the next one that is free
+            if not placed:
+                not_yet.append(waiting[0])  # it is being loaded: the others need not wait for it
+                continue
+            with self._change:
+                ticket = self._queue.pop(waiting[0])
+                self._queue.charge(waiting[0], len(ticket.asked.prompt_ids))
+                ticket.begun = time.monotonic()
+                self._running.append(ticket)
+            tokens += len(ticket.asked.prompt_ids)
 
     def _line(self) -> list[str | None]:
         with self._change:

@@ -139,6 +139,10 @@ class Tiers:
             self._wanted.put(name)
         return name in self.host
 
+    def forget_errors(self, wanted: Collection[str | None]) -> None:
+        """Those of adapters that nobody waits for any more: who asks next has it tried again."""
+        self.errors = {name: error for name, error in self.errors.items() if name in wanted}
+
     def refresh(self, name: str, in_use: Collection[str]) -> None:
         """Forget what memory has of it if its files have changed or gone; a text under way keeps what it began with."""
         loaded = self.slots.get(name) or self.host.get(name)

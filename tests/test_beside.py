@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_nb as ln
-from lora_nb.errors import AdapterError, ServingError, TrainingError
+from lora_nb.errors import AdapterError, ConfigError, ServingError, TrainingError
 from tests.models import fill
 from tests.text import byte_llama, byte_tokenizer
 
@@ -84,6 +84,9 @@ def test_it_stops_when_asked_and_when_it_breaks() -> None:
     with ln.AdapterServer(model, TOKENIZER) as server:
         with pytest.raises(AdapterError, match="cannot train here"):
             server.train("other", PAIRS)
+        for setting in ({"packing": True}, {"precision": "bf16"}, {"checkpoint_dir": "x"}):
+            with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.*has no place in training beside serving"):
+                server.train("trained", PAIRS, ln.TrainConfig(**setting))
         training = server.train("trained", PAIRS, ln.TrainConfig(max_steps=10_000, batch_size=2, seq_len=48))
         with pytest.raises(ServingError, match="trains already"):
             server.train("trained", PAIRS, CONFIG)
@@ -99,3 +102,12 @@ def test_it_stops_when_asked_and_when_it_breaks() -> None:
         assert len(server.generate(["a"], "served", max_new_tokens=3)) == 1
         last = server.train("trained", PAIRS, ln.TrainConfig(max_steps=10_000, batch_size=2, seq_len=48))
     assert last.result(0).stopped_by == "interrupt"
+
+
+@pytest.mark.parametrize(
+    ("setting", "steps"), [({"num_train_epochs": 2}, 4), ({"num_train_epochs": 2, "max_steps": 3}, 3), ({"max_steps": 1}, 1)]
+)
+def test_how_many_steps(setting: dict, steps: int) -> None:
+    with ln.AdapterServer(carried(), TOKENIZER) as server:
+        config = ln.TrainConfig(batch_size=3, seq_len=48, loraplus_lr_ratio=4.0, **setting)
+        assert server.train("trained", PAIRS, config, rows_at_once=3).result(20).steps == steps

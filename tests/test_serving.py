@@ -330,6 +330,7 @@ def test_an_attention_of_its_own_is_refused() -> None:
     [
         ({"prompt": ""}, None),
         ({"prompt": 3}, "needs a prompt"),
+        ({"prompt": "a\ud800"}, "surrogate"),
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"prompt": "a" * 200}, "exceed the model's 128 positions"),
         ({"prompt": "a", "temperature": -1}, "temperature=-1"),
