@@ -103,7 +103,7 @@ def of_a_token(width: int, rounds: int) -> dict[str, float]:
     _, dora, peft_dora = layers(width, dora=True)
     one = torch.randn(1, width)
     models = {"base": base, "lora": lora, "dora": dora, "peft lora": peft_lora, "peft dora": peft_dora}
-    times = interleaved({name: decoding(m.eval(), one) for name, m in models.items()}, rounds=rounds, repeat=100)
+    times = interleaved({name: decoding(m.eval(), one) for name, m in models.items()}, rounds=rounds, repeat=50)
     return {
         "ours": times.ratio("dora", "lora"),
         "peft": times.ratio("peft dora", "peft lora"),
