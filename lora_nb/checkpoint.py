@@ -35,13 +35,15 @@ from lora_nb.adapter_files import (
 from lora_nb.adapterhub import fitted, hub_content, hub_metadata, hub_problems, hub_starts
 from lora_nb.attach import adapters, check_name, detach, layers, only_name, parts, put_on, set_active
 from lora_nb.attach_report import AttachReport
-from lora_nb.bases import base_name, fingerprint
+from lora_nb.bases import base_name
 from lora_nb.bottleneck_targets import resolve_bottleneck
 from lora_nb.configs import BottleneckConfig, LoraConfig, to_peft
 from lora_nb.errors import AdapterFileError
+from lora_nb.file_targets import spelled_for_peft, without_absent, without_idle
 from lora_nb.layers.adapted import Part
 from lora_nb.layers.matrix import is_conv1d
-from lora_nb.resolution import resolve, spelled_for_peft, without_idle
+from lora_nb.origin import prints, same_base
+from lora_nb.resolution import resolve
 from lora_nb.targets import Target, short_names
 from lora_nb.version import __version__
 
@@ -64,7 +66,7 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     metadata = {
         "format": "pt",
         "lora_nb_version": __version__,
-        "base_fingerprint": fingerprint(model),
+        **prints(model),
         "base_class": type(model).__name__,
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "weights_sha256": digest(tensors),
@@ -82,7 +84,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, s
 
     Args:
         strict: `False` goes on, with a warning, when the adapter was trained on another base, when keys are missing (those
-            modules stay as the base) or left over. Shapes and types that do not fit are refused either way.
+            modules stay as the base) or left over, or when some of the modules or layers that it names are not there. Shapes and
+            types that do not fit are refused either way.
 
     Raises:
         AdapterFileError: files missing, damaged, or not fitting this model; the model is then untouched.
@@ -130,25 +133,25 @@ def fit_file(model: nn.Module, folder: Path, saved: SavedAdapter) -> Fit:
     Raises:
         AdapterFileError, TargetError: it does not fit.
     """
-    config, targets = _meant(model, saved)
+    config, targets, absent = _meant(model, saved)
     starts = _starts(model, config, [t.name for t in targets], str(saved.content.get("name")))
     expected = {f"{starts[t.name]}{end}": tuple(blank.shape) for t in targets for end, blank in t.blank().tensors().items()}
     tensors = {key: t for key, t in saved.tensors.items() if key in expected or not _said_already(model, saved.tensors, key)}
     tensors = fitted(model, tensors, expected) if isinstance(config, BottleneckConfig) else tensors
     _refuse_unfit(folder, expected, tensors)
     _refuse_claims(model, folder, expected, tensors)
-    problems = _problems(model, saved, expected, tensors)
+    problems = absent + _problems(model, saved, expected, tensors)
     problems += hub_problems(model, folder, saved.content) if isinstance(config, BottleneckConfig) else []
     facts = {k: v for k, v in saved.metadata.items() if k.startswith("training_")}
     return Fit(config, targets, starts, tensors, facts, problems)
 
 
-def _meant(model: nn.Module, saved: SavedAdapter) -> tuple[LoraConfig | BottleneckConfig, list[Target]]:
-    """The config of a file, less what means nothing on this model, and where it puts what."""
+def _meant(model: nn.Module, saved: SavedAdapter) -> tuple[LoraConfig | BottleneckConfig, list[Target], list[str]]:
+    """The config of a file, less what means nothing on this model; where it puts what; and what it names that the model lacks."""
     if isinstance(saved.config, BottleneckConfig):
-        return saved.config, resolve_bottleneck(model, saved.config)
-    config = without_idle(model, saved.config)
-    return config, resolve(model, config)
+        return saved.config, resolve_bottleneck(model, saved.config), []
+    config, absent = without_absent(model, without_idle(model, saved.config))
+    return config, resolve(model, config), absent
 
 
 def file_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -217,7 +220,11 @@ def _said_already(model: nn.Module, tensors: Mapping[str, Tensor], key: str) -> 
     everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head has a name of its own, too
     plain = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".").replace(".token_adapter.", ".")
     own = everything.get(plain)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu().to(torch.bfloat16), tensor.to(torch.bfloat16))
+    if own is None or own.shape != tensor.shape:
+        return False
+    halves = torch.float16 in {own.dtype, tensor.dtype}
+    one, other = (t.to(torch.float16 if halves else t.dtype).to(torch.bfloat16) for t in (own.detach().cpu(), tensor))
+    return torch.equal(one, other)
 
 
 def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, object], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -228,7 +235,7 @@ def _problems(model: nn.Module, saved: SavedAdapter, expected: Mapping[str, obje
         out.append(f"It lacks {len(missing)} of {len(expected)} tensors that its config asks for on this model, such as {missing[0]!r}.")
     if extra:
         out.append(f"It has {len(extra)} tensors that its config does not place on this model, such as {extra[0]!r}.")
-    if (trained_on := saved.metadata.get("base_fingerprint")) is not None and trained_on != fingerprint(model):
+    if not same_base(model, saved.metadata):
         out.append(f"It was trained on another base ({saved.base!r}); on {base_name(model)!r} its output would mean little.")
     if saved.edited:
         out.append(f"{CONFIG} was edited, or a save was interrupted: it is not the one saved with these weights.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_nb.layers.linear4bit import is_quantized
 
 NOTE = "lora_nb_fingerprint"
+PRINT, PRINT_IN_HALVES = "base_fingerprint", "base_fingerprint_float16"  # of a file's metadata
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -30,6 +31,28 @@ def fingerprint(model: nn.Module) -> str:
     return digest(model, samples(model))
 
 
+def fingerprint_in_halves(model: nn.Module) -> str | None:
+    """The same of values that have gone through float16, which rounds otherwise: None where they are quantized.
+
+    So a base that one loads in float16 and the other in 32 bits is known as one: by this hash, which both have.
+    """
+    if any(is_quantized(m) for m in model.modules()):
+        return None
+    return digest(model, {name: sample(p, through=torch.float16) for name, p in base_parameters(model).items()})
+
+
+def same_base(model: nn.Module, known: Mapping[str, str]) -> bool:
+    """Whether a file's metadata speak of this base, or do not say."""
+    said = {known[key] for key in (PRINT, PRINT_IN_HALVES) if key in known}
+    return not said or not said.isdisjoint({fingerprint(model), fingerprint_in_halves(model)})
+
+
+def prints(model: nn.Module) -> dict[str, str]:
+    """What a file's metadata say of the base."""
+    halves = fingerprint_in_halves(model)
+    return {PRINT: fingerprint(model), **({PRINT_IN_HALVES: halves} if halves else {})}
+
+
 @torch.no_grad()
 def samples(model: nn.Module) -> dict[str, bytes]:
     """For each parameter its shape and some of its values."""
@@ -37,13 +60,13 @@ def samples(model: nn.Module) -> dict[str, bytes]:
 
 
 @torch.no_grad()
-def sample(p: Tensor) -> bytes:
+def sample(p: Tensor, through: torch.dtype = torch.bfloat16) -> bytes:
     """Shape and 64 values."""
     if p.is_meta:
         return str(tuple(p.shape)).encode()
     flat = p.detach().reshape(-1)
     picks = (torch.arange(64) * (flat.numel() - 1) // 63).to(flat.device)  # whole numbers: the same on every machine
-    values = flat[picks].to(torch.bfloat16).view(torch.int16).cpu() if flat.is_floating_point() else flat[picks].cpu()
+    values = flat[picks].to(through).to(torch.bfloat16).view(torch.int16).cpu() if flat.is_floating_point() else flat[picks].cpu()
     return str(tuple(p.shape)).encode() + values.numpy().tobytes()
 
 

@@ -17,10 +17,8 @@ from lora_nb.targets import (
     HEADS,
     Target,
     base_modules,
-    is_left_out,
     low_rank_targets,
     named,
-    parts_of,
     rank_and_scale,
     refuse_idle_patterns,
     refuse_rank,
@@ -75,44 +73,6 @@ def refuse_idle_settings(config: LoraConfig, targets: Sequence[Target]) -> None:
     refuse_idle_patterns(config, [name for t in ranked for name in t.names()])
     for target in ranked:
         refuse_rank(target)
-
-
-def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The same config less what means nothing here; PEFT writes such files, a person would not.
-
-    That are names which `exclude_modules` or `modules_to_save` takes back whole, names to exclude that the model does not have,
-    and the head that PEFT adds for a task under every name that it may have. Names in `modules_to_save` that PEFT reads as
-    more modules than their name says become the paths of these.
-    """
-    paths = [path for path, _ in base_modules(model) if path]
-    saved = [n for name in config.modules_to_save for n in _spelled(paths, name, _saved_by_peft(paths, name))]
-    config = replace(config, modules_to_save=tuple(n for n in saved if n not in HEADS or _saved_by_peft(paths, n)))
-    if config.exclude_modules is not None:
-        there = [part for part in parts_of(config.exclude_modules) if any(named(path, part) for path in paths)]
-        kept = config.exclude_modules if isinstance(config.exclude_modules, str) else tuple(part[0] for part in there)
-        config = replace(config, exclude_modules=kept if there else None)
-    if isinstance(config.target_modules, str) or not config.target_modules:
-        return config
-    meant = {name: [path for path in paths if named(path, [name])] for name in config.target_modules}
-    idle = {name for name, found in meant.items() if found and all(is_left_out(config, path) for path in found)}
-    return replace(config, target_modules=[name for name in config.target_modules if name not in idle])
-
-
-def spelled_for_peft(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The same config with `modules_to_save` such that PEFT reads no more out of it than it says."""
-    paths = [path for path, _ in base_modules(model) if path]
-    saved = [n for name in config.modules_to_save for n in _spelled(paths, name, [p for p in paths if named(p, [name])])]
-    return replace(config, modules_to_save=tuple(saved))
-
-
-def _saved_by_peft(paths: Sequence[str], name: str) -> list[str]:
-    """PEFT asks for no dot before a name in `modules_to_save`: "norm" is "input_layernorm", too."""
-    return [path for path in paths if path.endswith(name)]
-
-
-def _spelled(paths: Sequence[str], name: str, meant: list[str]) -> list[str]:
-    """The name, where it says what is meant to us and to PEFT, else the paths."""
-    return [name] if _saved_by_peft(paths, name) == [p for p in paths if named(p, [name])] else meant
 
 
 def with_head(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:

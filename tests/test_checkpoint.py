@@ -570,12 +570,47 @@ class TestRefused:
         assert words in message
         assert "another base" in message
 
-    def test_base_in_16_bits_is_no_other_base(self, folder: Path) -> None:
-        ln.load_adapter(Toy().to(torch.bfloat16), folder)
+    @pytest.mark.parametrize("saved_from", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("loaded_on", [torch.float32, torch.float16, torch.bfloat16])
+    def test_base_in_16_bits_is_no_other_base(self, tmp_path: Path, saved_from: torch.dtype, loaded_on: torch.dtype) -> None:
+        """From one checkpoint, in bfloat16 as most are, or in float32 where one of the two reads it as it is."""
+        checkpoints = [torch.bfloat16] if {saved_from, loaded_on} == {torch.float16, torch.bfloat16} else [torch.bfloat16, torch.float32]
+        for seed, stored in enumerate(checkpoints * 5):
+            model, other = (Toy(seed=seed).to(stored).to(dtype) for dtype in (saved_from, loaded_on))
+            ln.attach(model, settings())
+            ln.load_adapter(other, ln.save(model, tmp_path / f"{seed}"))
 
-    def test_module_that_the_model_lacks(self, folder: Path) -> None:
-        edit_config(folder, target_modules=["q_proj", "v_proj", "embed", "k_proj"])
-        assert "target_modules names 'k_proj', which matches no module" in refusal(Toy(), folder, kind=TargetError)
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"target_modules": ["q_proj", "v_proj", "embed", "k_proj"]}, "Its target_modules names 'k_proj', which this model lacks."),
+            ({"modules_to_save": ["norm", "layers.1.v_proj"], "target_modules": ["q_proj", "embed"]}, "Its modules_to_save names 'norm'"),
+            (
+                {"layers_to_transform": [0, 7, 1, 2], "layers_pattern": "layers", "target_modules": ["q_proj", "v_proj"]},
+                "Its layers_to_transform names 7, which",
+            ),
+        ],
+        ids=["target", "whole", "layer"],
+    )
+    def test_module_that_the_model_lacks(self, folder: Path, changes: dict, words: str) -> None:
+        """Going on without it is reasonable, so strict=False does."""
+        edit_config(folder, **changes)
+        message = refusal(Toy(), folder)
+        assert words in message
+        assert "With strict=False it is loaded all the same" in message
+        model = Toy()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = ln.load_adapter(model, folder, strict=False)
+        assert words in str(caught[0].message)
+        assert {"layers.0.q_proj", "layers.2.q_proj"} <= report.matched.keys()
+        assert not torch.allclose(model(IDS), Toy()(IDS), atol=1e-3)
+        ln.load_adapter(Toy(), ln.save(model, folder / "again"))  # what is written names only what was there
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_nothing_of_what_it_names_is_there(self, folder: Path, strict: bool) -> None:
+        edit_config(folder, target_modules=["k_proj", "query"])
+        assert "target_modules names 'k_proj', which matches no module" in refusal(Toy(), folder, kind=TargetError, strict=strict)
 
     def test_path_of_a_file_or_of_nothing_that_can_be(self, folder: Path) -> None:
         assert "is a file: an adapter is a folder" in refusal(Toy(), folder / WEIGHTS)

@@ -14,7 +14,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 import lora_nb as ln
 from lora_nb.configs import LoraConfig
 from lora_nb.errors import AdapterFileError, TargetError
-from lora_nb.resolution import refuse_idle_settings, resolve, spelled_for_peft, with_head, without_idle
+from lora_nb.file_targets import spelled_for_peft, without_idle
+from lora_nb.resolution import refuse_idle_settings, resolve, with_head
 from tests.models import peft_config, peft_layers, tiny_bert_classifier, tiny_gpt2, tiny_llama
 
 R = {"r": 4, "lora_alpha": 12}
