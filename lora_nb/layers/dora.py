@@ -62,14 +62,16 @@ class DoraWeights(LoraWeights):
 
     def forward(self, layer: AdaptedLayer, inner: Forward, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        if inner is layer.base and not self.beside() and is_plain(inner, x, self.lora_A):
-            gain = self.gain(layer)
-            z = self.exact(layer, x) if self.cancels() else lora_linear(x, layer.weight, None, (self.lora_A, self.lora_B, self.scaling))
-            return z * gain if layer.bias is None else torch.addcmul(layer.bias, z, gain)
+        own: dict[str, Any] = self._parameters  # straight to the tables, as in LoRA
+        if inner is layer.base and not self.beside() and is_plain(inner, x, own["lora_A"]):
+            base: dict[str, Any] = layer._parameters
+            gain, low_rank = self.gain(layer), (own["lora_A"], own["lora_B"], self.scaling)
+            z = self.exact(layer, x) if self.cancels() else lora_linear(x, base["weight"], None, low_rank)
+            return z * gain if base["bias"] is None else torch.addcmul(base["bias"], z, gain)
         y, bias, gain, seen = inner(x), self._bias(layer, layer.value("bias")), self.gain(layer), self.dropped(x)
         if self.dropout and self.training:  # W then reads the input with its gaps, as B A does
-            own = self._bias(layer, layer._parameters.get("bias"))
-            plain = layer.base(seen.to(x.dtype)) - (0 if own is None else own)
+            of_base = self._bias(layer, layer._parameters.get("bias"))
+            plain = layer.base(seen.to(x.dtype)) - (0 if of_base is None else of_base)
             return y + ((gain - 1) * plain + gain * self.update(layer, seen)).to(y.dtype)  # type: ignore[no-any-return]
         plain = y if bias is None else y - bias
         h = gain * (plain + self.update(layer, seen))
@@ -80,14 +82,18 @@ class DoraWeights(LoraWeights):
 
     def gain(self, layer: AdaptedLayer) -> Tensor:
         """m / n."""
-        return self.magnitude / self.norm(layer).view_as(self.magnitude)
+        m: Any = self._parameters["magnitude"]
+        n = self.norm(layer)
+        return m / (n if m.ndim == 1 else n.view_as(m))  # type: ignore[no-any-return]
 
     def norm(self, layer: AdaptedLayer) -> Tensor:
         """n, (out,)."""
-        inputs = (self.lora_A, self.lora_B, layer.weight)
-        if torch.compiler.is_compiling() or any(p.is_inference() for p in inputs):  # neither says when a value changes
+        own: dict[str, Any] = self._parameters
+        a, b, w = own["lora_A"], own["lora_B"], layer._parameters.get("weight")
+        w = layer.weight if w is None else w
+        if torch.compiler.is_compiling() or a.is_inference() or b.is_inference() or w.is_inference():  # neither says when a value changes
             return row_norms(matrix(layer), *self.factors(), self.scaling)
-        state = tuple((p._version, p.data_ptr()) for p in inputs)
+        state = (a._version, a.data_ptr(), b._version, b.data_ptr(), w._version, w.data_ptr())
         if self._norm is None or self._norm[0] != state:
             n = row_norms(matrix(layer), *self.factors(), self.scaling)
             self._norm = (state, n, bool((self.magnitude.detach().abs().flatten() > CANCELLED * n).any()))
