@@ -271,6 +271,8 @@ async def _events(wanted: Wanted, tickets: list[Ticket], changes: Changes) -> As
             if open_:
                 await changes.next()
         yield "data: [DONE]\n\n"
+    except RefusedRequestError:  # nobody listens any more
+        return
     finally:
         for ticket in tickets:
             ticket.cancel()

@@ -55,7 +55,7 @@ def test_what_is_learnt_is_what_a_plain_loop_learns() -> None:
     model = carried()
     with ln.AdapterServer(model, TOKENIZER) as server:
         run = server.train("trained", PAIRS, CONFIG, rows_at_once=2).result(60)
-        order = server._training
+        order = server.scheduler._training
     plain = carried()
     blocks = PAIRS.encode(TOKENIZER, 48)
     optimizer = torch.optim.AdamW(ln.parameters(plain).values(), lr=1e-2, weight_decay=CONFIG.weight_decay)

@@ -156,8 +156,8 @@ def test_cancelling_and_time_limits_keep_what_there_is(folder: Path, monkeypatch
 
 
 def slow(server: ln.AdapterServer, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    step = server._step
-    monkeypatch.setattr(server, "_step", lambda: (time.sleep(seconds), step()))
+    step = server.scheduler._step
+    monkeypatch.setattr(server.scheduler, "_step", lambda: (time.sleep(seconds), step()))
 
 
 def test_a_full_queue_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,11 +309,11 @@ def test_an_adapter_without_finite_numbers_fails_alone() -> None:
 
 def test_a_broken_step_ends_its_requests_and_not_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(folder) as server:
-        step = server._step
-        monkeypatch.setattr(server, "_step", lambda: 1 / 0)
+        step = server.scheduler._step
+        monkeypatch.setattr(server.scheduler, "_step", lambda: 1 / 0)
         with pytest.raises(ServingError, match="A step failed: ZeroDivisionError"):
             server.submit("a").result(20)
-        monkeypatch.setattr(server, "_step", step)
+        monkeypatch.setattr(server.scheduler, "_step", step)
         assert server.submit("a", "lora2", max_new_tokens=5).result(20).text.strip() == alone(folder, "a", "lora2", 5)
 
 
