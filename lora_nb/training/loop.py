@@ -79,10 +79,10 @@ def train(
 
     with heeded(), Watchers(config, run, work.total, callbacks) as watchers:
         try:
-            if not run.steps:
+            if not run.steps or _due(config, run.steps):  # of a resumed run: one that it was stopped before
                 look(watchers)
             for step in turns:
-                if config.eval_every and step.step % config.eval_every == 0:
+                if _due(config, step.step):
                     look(watchers)
                 if distributed.anywhere(said=watchers.step(step), device=work.device):
                     run.stopped_by = "callback"
@@ -117,6 +117,11 @@ def steps(
     config = config or TrainConfig()
     trainable(model)
     yield from _turns(_prepare(model, dataset.encode(tokenizer, config.seq_len), int(tokenizer.pad_token_id or 0), config))
+
+
+def _due(config: TrainConfig, step: int) -> bool:
+    """Is there to be an evaluation?"""
+    return config.eval_every is not None and step % config.eval_every == 0
 
 
 @dataclass
