@@ -35,7 +35,6 @@ from lora_nb.attach import layers
 from lora_nb.layers.mixed import Routing
 from lora_nb.layers.ways import COSTS, WAYS, Plan, choose
 from lora_nb.packed import KeyValues, Pass, Row, forward, sent
-from lora_nb.routing import routed
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
 WIDTH, R, ALPHA, TOKENS = 2048, 16, 24.0, 512
@@ -192,29 +191,26 @@ def part(setting: Setting) -> list[Line]:
 def against_peft(setting: Setting) -> list[Line]:
     """PEFT's mixed batch (`adapter_names`): one layer with and without the base's product, and a token of the embedded base."""
     lines = []
-    for threads in setting.threads:
-        torch.set_num_threads(threads)
-        for count, target in zip(setting.adapters[1:], ("≥ 1.5", "≥ 4"), strict=True):
-            model, names = adapted(setting.width, count)
-            x = torch.randn(TOKENS, setting.width)
-            theirs = in_peft(model, sorted(set(names)))
-            ours = mixed(model, names, x)
+    for count, target in zip(setting.adapters[1:], ("≥ 1.5", "≥ 4"), strict=True):
+        model, names = adapted(setting.width, count)
+        x, theirs = torch.randn(TOKENS, setting.width), in_peft(model, sorted(set(names)))
+        ours = mixed(model, names, x)
 
-            def peft_run(theirs: nn.Module = theirs, x: Tensor = x, names: Sequence[str | None] = names) -> Tensor:
-                with torch.no_grad():
-                    return theirs(x, adapter_names=list(names))
+        def peft_run(theirs: nn.Module = theirs, x: Tensor = x, names: Sequence[str | None] = names) -> Tensor:
+            with torch.no_grad():
+                return theirs(x, adapter_names=list(names))
 
-            agree(ours(), peft_run())
+        agree(ours(), peft_run())
+        for threads in setting.threads:
+            torch.set_num_threads(threads)
             times = interleaved({"ours": ours, "PEFT": peft_run, "base": lambda x=x, m=model: m[0].base(x)}, rounds=setting.rounds(20))
             base = times.median("base")
             own = (times.median("PEFT") - base) / max(1e-9, times.median("ours") - base)
             what = f"layer of {setting.width}², {count} adapters, {TOKENS} tokens: PEFT / ours"
-            note = (
-                f"{1000 * times.median('PEFT'):.1f} and {1000 * times.median('ours'):.1f} ms, of which the base's product {1000 * base:.1f}"
-            )
+            note = f"{1000 * times.median('PEFT'):.1f} and {1000 * times.median('ours'):.1f} ms; the base's product {1000 * base:.1f}"
             lines.append(Line(what, threads, times.ratio("PEFT", "ours"), target, note))
             lines.append(Line(f"{what}, less the base's product", threads, round(own, 3), target))
-            lines.append(token_against_peft(setting, threads, count, target))
+        lines += token_against_peft(setting, count, target)
     return lines
 
 
@@ -232,7 +228,7 @@ def in_peft(model: nn.Module, names: Sequence[str]) -> nn.Module:
     return theirs.eval()
 
 
-def token_against_peft(setting: Setting, threads: int, count: int, target: str) -> Line:
+def token_against_peft(setting: Setting, count: int, target: str) -> list[Line]:
     """A batch of as many rows as adapters, each its own, one token further."""
     model, _ = ln.load("tiny", device="cpu")
     rows = max(count, 16)
@@ -250,10 +246,12 @@ def token_against_peft(setting: Setting, threads: int, count: int, target: str) 
                 other.lora_A[name].weight.copy_(layer.adapters[name].lora_A)
                 other.lora_B[name].weight.copy_(layer.adapters[name].lora_B)
     ids = torch.randint(5, 6000, (rows, 1))
-    routing, tied = Routing(whose), {"input_ids": ids, "use_cache": False}
+    routing, tied, chosen = Routing(whose), {"input_ids": ids, "use_cache": False}, [m for _, m in layers(model)]
 
     def ours() -> Tensor:
-        with torch.no_grad(), routed(model, routing):
+        for layer in chosen:  # as `rows` does it, which looks for the layers once a batch
+            layer.__dict__["routing"] = routing
+        with torch.no_grad():
             return model(**tied).logits
 
     def peft_run() -> Tensor:
@@ -261,11 +259,13 @@ def token_against_peft(setting: Setting, threads: int, count: int, target: str) 
             return theirs(**tied, adapter_names=list(whose)).logits
 
     agree(ours(), peft_run())
-    times = interleaved({"ours": ours, "PEFT": peft_run}, rounds=setting.rounds(10), warm_up=1)
-    note = f"{1000 * times.median('PEFT'):.1f} and {1000 * times.median('ours'):.1f} ms"
-    return Line(
-        f"one token of the embedded base, {rows} rows, {count} adapters: PEFT / ours", threads, times.ratio("PEFT", "ours"), target, note
-    )
+    lines, what = [], f"one token of the embedded base, {rows} rows, {count} adapters: PEFT / ours"
+    for threads in setting.threads:
+        torch.set_num_threads(threads)
+        times = interleaved({"ours": ours, "PEFT": peft_run}, rounds=setting.rounds(10), warm_up=1)
+        note = f"{1000 * times.median('PEFT'):.1f} and {1000 * times.median('ours'):.1f} ms"
+        lines.append(Line(what, threads, times.ratio("PEFT", "ours"), target, note))
+    return lines
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -191,7 +191,20 @@ def only_name(model: nn.Module, name: str | None) -> str:
 
 def layers(model: nn.Module, name: str | None = None) -> list[tuple[str, AdaptedLayer]]:
     """The adapted layers by path; with a name, those that carry that adapter."""
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, AdaptedLayer) and (name is None or name in m.adapters)]
+    return [
+        (path, m) for path, m in _base_modules(model, "", set()) if isinstance(m, AdaptedLayer) and (name is None or name in m.adapters)
+    ]
+
+
+def _base_modules(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, but not into the adapters, of which there may be hundreds at each layer."""
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    for key, child in module._modules.items():
+        if child is not None and not (key == "adapters" and isinstance(module, AdaptedLayer)):
+            yield from _base_modules(child, f"{path}.{key}" if path else key, seen)
 
 
 def parts(model: nn.Module, name: str) -> dict[str, Part]:
