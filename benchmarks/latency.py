@@ -138,7 +138,10 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             print(f"\n{name}, {threads} thread{'s' * (threads > 1)}")
-            found[f"{name}, {threads} threads"] = {"machine": machine() | {"peft": peft.__version__}, "rows": SECTIONS[name](args.quick)}
+            busy = os.getloadavg()[0]  # what else ran: ratios bear it, with a wider spread
+            rows = SECTIONS[name](args.quick)
+            about = machine() | {"peft": peft.__version__, "load before": round(busy, 1), "load after": round(os.getloadavg()[0], 1)}
+            found[f"{name}, {threads} threads"] = {"machine": about, "rows": rows}
             if out:
                 out.parent.mkdir(exist_ok=True)
                 out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

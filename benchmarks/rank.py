@@ -35,7 +35,7 @@ RANKS, NOISES, HARDER, SEEDS = (2, 4, 8, 12, 24), (0.1, 1.0), (10.0,), (0, 1, 2)
 SIZES = {"128 × 128": (128, 4096), "256 × 256": (256, 8192)}  # width, examples
 MOST, STEPS, HELD_OUT = 48, 600, 1024
 SWEEP, TOLERANCE = (1, 2, 4, 8, 16, 32, 64, 128), 0.005
-TEXTS = {"tone": {"max_steps": 200, "batch_size": 16, "seq_len": 128}, "stdlib": {"max_steps": 80, "batch_size": 8, "seq_len": 128}}
+TEXTS = {"tone": {"max_steps": 120, "batch_size": 16, "seq_len": 128}, "stdlib": {"max_steps": 80, "batch_size": 8, "seq_len": 128}}
 REPORTED = 16_000  # held-out tokens on which all is compared
 
 
