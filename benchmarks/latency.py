@@ -1,9 +1,10 @@
 """What adapters cost at inference: merged and unmerged LoRA, DoRA, three bottleneck adapters and four bits, beside PEFT's LoRA and DoRA.
 
-    python benchmarks/latency.py [--quick] [--only 5.8M 27M 124M batch-5.8M batch-27M batch-124M] [--threads 1 2]
+    python benchmarks/latency.py [--quick] [--only 5.8M 27M 124M batch-5.8M batch-27M batch-124M] [--threads 1 2] [--processor-time]
 
 Writes benchmarks/results/latency.json. All variants of a shape share their weights and take turns; ratios are of one round. Three
 shapes of Llama: the embedded base, 27M and 124M parameters; every linear layer adapted, r=8, α=20, in fp32.
+On a machine that others use, too, `--threads 1 --processor-time` counts the time that the processor gave to this process alone.
 The `batch-…` sections repeat decoding with more rows, to find from how many on an adapter stops costing (within 3 % of the base).
 """
 
@@ -16,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from torch import nn
 import lora_nb as ln
 from lora_nb.variants import sharing
 
+Clock = Callable[[], float]
 PROMPT = 64
 SHAPES = ("5.8M", "27M", "124M")
 ROUNDS = {"5.8M": 60, "27M": 30, "124M": 14}
@@ -71,28 +74,28 @@ def models(shape: str) -> dict[str, nn.Module]:
     return made
 
 
-def single(shape: str, *, quick: bool) -> list[dict[str, Any]]:
+def single(shape: str, clock: Clock, *, quick: bool) -> list[dict[str, Any]]:
     """Every variant, one row: a token more, and a prompt."""
     made, rows = models("quick" if quick else shape), []
     for phase in ("decode", "prefill"):
         rounds = 2 if quick else ROUNDS[shape] if phase == "decode" else max(8, ROUNDS[shape] // 2)
-        tables = {"base": ln.measure_latency(made, phase=phase, seq_len=PROMPT, rounds=rounds)}
+        tables = {"base": ln.measure_latency(made, phase=phase, seq_len=PROMPT, rounds=rounds, clock=clock)}
         print(tables["base"], flush=True)
         over = sorted({o for s, p, _, o in TARGETS if (s, p) == (shape, phase) and o != "base"})
         pairs = [(n, o) for s, p, n, o in TARGETS if (s, p) == (shape, phase) and o in over]
         for name, other in pairs:
-            pair = ln.measure_latency({other: made[other], name: made[name]}, phase=phase, seq_len=PROMPT, rounds=rounds)
+            pair = ln.measure_latency({other: made[other], name: made[name]}, phase=phase, seq_len=PROMPT, rounds=rounds, clock=clock)
             rows.append(row(shape, pair, name))
         rows += [row(shape, tables["base"], name) for name in made if name != "base"]
     return rows
 
 
-def by_batch(shape: str, *, quick: bool) -> list[dict[str, Any]]:
+def by_batch(shape: str, clock: Clock, *, quick: bool) -> list[dict[str, Any]]:
     """Decoding with more and more rows."""
     made = models("quick" if quick else shape)
     few = {name: made[name] for name in ("base", "LoRA", MERGED, "Houlsby", "Pfeiffer", "parallel", "PEFT LoRA")}
     rounds = 2 if quick else max(6, ROUNDS[shape] // 3)
-    sweep = ln.sweep_latency(few, batch_sizes=BATCHES[:2] if quick else BATCHES, seq_lens=(PROMPT,), rounds=rounds)
+    sweep = ln.sweep_latency(few, batch_sizes=BATCHES[:2] if quick else BATCHES, seq_lens=(PROMPT,), rounds=rounds, clock=clock)
     print(sweep, flush=True)
     free = {name: sweep.free_from(name)[PROMPT] for name in few if name != "base"}
     print({"from this batch on within 3 % of the base": free}, flush=True)
@@ -119,8 +122,8 @@ def row(shape: str, table: ln.LatencyTable, name: str) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
-    **{shape: lambda quick, shape=shape: single(shape, quick=quick) for shape in SHAPES},
-    **{f"batch-{shape}": lambda quick, shape=shape: by_batch(shape, quick=quick) for shape in SHAPES},
+    **{shape: lambda clock, quick, shape=shape: single(shape, clock, quick=quick) for shape in SHAPES},
+    **{f"batch-{shape}": lambda clock, quick, shape=shape: by_batch(shape, clock, quick=quick) for shape in SHAPES},
 }
 
 
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="everything at a tiny size, to see that it runs; writes only with --out")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--processor-time", action="store_true", help="not the clock's time but this process' own")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
@@ -139,8 +143,9 @@ def main() -> None:
             torch.set_num_threads(threads)
             print(f"\n{name}, {threads} thread{'s' * (threads > 1)}")
             busy = os.getloadavg()[0]  # what else ran: ratios bear it, with a wider spread
-            rows = SECTIONS[name](args.quick)
+            rows = SECTIONS[name](time.process_time if args.processor_time else time.perf_counter, args.quick)
             about = machine() | {"peft": peft.__version__, "load before": round(busy, 1), "load after": round(os.getloadavg()[0], 1)}
+            about["time"] = "of the processor" if args.processor_time else "of the clock"
             found[f"{name}, {threads} threads"] = {"machine": about, "rows": rows}
             if out:
                 out.parent.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ operations that have to be started. So each is measured by itself, and the opera
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def measure_latency(
     seq_len: int = 64,
     rounds: int = 30,
     reference: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyTable:
     """Time one forward of each variant; `variants(model, …)` makes the usual ones, and any causal language model can be one.
 
@@ -131,6 +133,7 @@ def measure_latency(
         phase: `"prefill"` reads `seq_len` tokens at once; `"decode"` reads one after `seq_len` that are in the cache.
         rounds: each runs every variant, from another starting point; ratios are taken within a round.
         reference: the variant that ratios are over. Default: the first.
+        clock: seconds; with one thread on a machine that is busy otherwise, `time.process_time` counts only what this process took.
 
     Raises:
         LatencyError: no variants, an unknown phase or reference, sizes that cannot be, or a model that does not write token by token.
@@ -143,7 +146,7 @@ def measure_latency(
         launches = {name: count_launches(run) for name, run in runs.items()} if device.type == "cuda" else {}
         with torch.inference_mode():
             wait = torch.cuda.synchronize if device.type == "cuda" else None
-            times = interleaved(runs, rounds=rounds, repeat=4 if phase == "decode" else 1, settle=1, synchronise=wait)
+            times = interleaved(runs, rounds=rounds, repeat=4 if phase == "decode" else 1, settle=1, synchronise=wait, clock=clock)
     return LatencyTable(
         phase,
         batch_size,
@@ -166,6 +169,7 @@ def sweep_latency(
     seq_lens: Sequence[int] = (64,),
     rounds: int = 30,
     reference: str | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> LatencySweep:
     """`measure_latency` for each length and batch size.
 
@@ -177,7 +181,8 @@ def sweep_latency(
     sizes = [(b, n) for n in seq_lens for b in batch_sizes]
     for b, n in sizes:
         _checked(variants, phase, reference, batch_size=b, seq_len=n, rounds=rounds)
-    tables = [measure_latency(variants, phase=phase, batch_size=b, seq_len=n, rounds=rounds, reference=reference) for b, n in sizes]
+    settings: dict[str, Any] = {"phase": phase, "rounds": rounds, "reference": reference, "clock": clock}
+    tables = [measure_latency(variants, batch_size=b, seq_len=n, **settings) for b, n in sizes]
     return LatencySweep(tuple(tables))
 
 

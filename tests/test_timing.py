@@ -49,3 +49,9 @@ def test_time_is_in_seconds() -> None:
     times = interleaved({"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.03)}, rounds=3, warm_up=0)
     assert times.median("short") == pytest.approx(0.01, rel=0.5)
     assert 2 < times.ratio("long", "short") < 4
+
+
+def test_another_clock_counts_what_it_counts() -> None:
+    ticks = iter(range(100))
+    times = interleaved({"a": lambda: None, "b": lambda: next(ticks)}, rounds=2, warm_up=0, clock=lambda: float(next(ticks)))
+    assert times.seconds == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
