@@ -1,11 +1,14 @@
 """What ships: built as for a release, without a network, and looked into."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
@@ -59,9 +62,58 @@ def tracked(*folders):
 @pytest.mark.slow
 def test_wheel_has_the_whole_package_and_the_course(wheel):
     expected = tracked("lora_nb") | {f"lora_nb/{name}" for name in tracked("notebooks") if name.endswith(".ipynb")}
-    assert {name for name in wheel if ".dist-info/" not in name} == expected
+    assert {name for name in wheel if ".dist-info/" not in name and ".data/" not in name} == expected
     assert expected >= {"lora_nb/py.typed", "lora_nb/tiny/model.safetensors", "lora_nb/notebooks/00_start.ipynb"}
     assert any(name.startswith("lora_nb/data/") for name in expected)
+
+
+@pytest.mark.slow
+def test_wheel_puts_the_extension_where_jupyterlab_looks(wheel):
+    place = f"lora_nb-{lora_nb.__version__}.data/data/share/jupyter/labextensions/lora-nb/"
+    there = {name.removeprefix(place): content for name, content in wheel.items() if name.startswith(place)}
+    built = {name.removeprefix("lora_nb/labextension/"): (ROOT / name).read_bytes() for name in tracked("lora_nb/labextension")}
+    assert there == built | {"install.json": (ROOT / "widgets/install.json").read_bytes()}
+    assert [name for name in wheel if ".data/" in name and not name.startswith(place)] == []
+    assert "build_log.json" not in there
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """An environment with all that this one has except lora_nb: a folder of links to its packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    (borrowed := folder / "borrowed").mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "lora_nb" not in entry.name:
+            (borrowed / entry.name).symlink_to(entry)
+    inside = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (inside / "borrowed.pth").write_text(f"{borrowed}\n")
+    return folder
+
+
+def ran(*words):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(words, check=True, capture_output=True, text=True, env=environment, cwd="/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["checkout", "wheel", "sdist"])
+def test_extension_is_enabled_after_pip_and_gone_after_it(bare, dist, what):
+    source = {"checkout": ROOT, "wheel": next(dist.glob("*.whl")), "sdist": next(dist.glob("*.tar.gz"))}[what]
+    python, pip = bare / "bin/python", (sys.executable, "-m", "pip", "--python", bare / "bin/python")
+
+    def there():
+        files = (str(p.relative_to(bare)) for p in bare.rglob("*") if "borrowed" not in p.parts)
+        return {name for name in files if "__pycache__" not in name}
+
+    before = there()
+    ran(*pip, "install", "--no-index", "--no-deps", "--no-build-isolation", source)
+    listed = ran(python, "-m", "jupyterlab.labextensions", "list")
+    line = next(line for line in re.sub(r"\x1b\[\d+m", "", listed.stdout + listed.stderr).splitlines() if "lora-nb v" in line)
+    assert line.split() == ["lora-nb", f"v{lora_nb.__version__}", "enabled", "OK", "(python,", "lora_nb)"]
+    ran(*pip, "uninstall", "--yes", "lora-nb")
+    left = there() - before
+    assert {name for name in left if "lora" in name} == set()
 
 
 @pytest.mark.slow

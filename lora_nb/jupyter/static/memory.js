@@ -47,7 +47,7 @@ function entry(name, size, i) {
 }
 function tables(parts, cards) {
     const total = sum(parts);
-    const by = table("Memory by part", ["part", "bytes", ""], [...parts, ["in all", total]].map(([n, s]) => [n, s.toLocaleString("en"), bytes(s)]));
+    const by = table("Memory by part", ["part", "bytes", "in units"], [...parts, ["in all", total]].map(([n, s]) => [n, s.toLocaleString("en"), bytes(s)]));
     const on = table("Cards", ["card", "memory", "fits"], cards.map(([n, s]) => [n, bytes(s), s >= total ? "yes" : "no"]));
     return element("div", {}, by, ...(cards.length ? [on] : []));
 }

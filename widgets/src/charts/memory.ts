@@ -56,7 +56,7 @@ function entry(name: string, size: number, i: number): HTMLElement {
 
 function tables(parts: Sizes, cards: Sizes): Node {
   const total = sum(parts);
-  const by = table("Memory by part", ["part", "bytes", ""], [...parts, ["in all", total] as [string, number]].map(([n, s]) => [n, s.toLocaleString("en"), bytes(s)]));
+  const by = table("Memory by part", ["part", "bytes", "in units"], [...parts, ["in all", total] as [string, number]].map(([n, s]) => [n, s.toLocaleString("en"), bytes(s)]));
   const on = table("Cards", ["card", "memory", "fits"], cards.map(([n, s]) => [n, bytes(s), s >= total ? "yes" : "no"]));
   return element("div", {}, by, ...(cards.length ? [on] : []));
 }
