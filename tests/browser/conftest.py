@@ -2,6 +2,12 @@
 
 import base64
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +93,77 @@ def axe(page: Any) -> Callable[..., list[str]]:
         return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]
 
     return findings
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `jupyter` serves."""
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture(scope="session")
+def jupyter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a JupyterLab with the extension as it stands in the checkout, installed or not."""
+    own = tmp_path_factory.mktemp("jupyter")
+    news = own / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')  # its question would cover a corner of every page
+    (own / "labextensions").mkdir()
+    (own / "labextensions/lora-nb").symlink_to(ROOT / "lora_nb/labextension")
+    environment = os.environ | {name: str(own) for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        f"--port={port}",
+        "--port-retries=0",
+        "--IdentityProvider.token=t",
+        "--allow-root",
+    ]
+    words += [f"--ServerApp.root_dir={workspace}", f"--LabApp.extra_labextensions_path={own / 'labextensions'}", "--expose-app-in-browser"]
+    words += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--log-level=ERROR"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                break
+            except OSError:
+                server.poll()
+                assert server.returncode is None, "JupyterLab ended before it answered"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/lab?token=t&reset"
+        server.terminate()
+
+
+@pytest.fixture
+def lab(page: Any, jupyter: str) -> Any:
+    """A page with a fresh JupyterLab."""
+    page.goto(jupyter)
+    page.wait_for_function("window.jupyterapp?.commands.hasCommand('lora-nb:course')", timeout=60_000)
+    page.evaluate("jupyterapp.restored")
+    return page
+
+
+@pytest.fixture
+def command(lab: Any) -> Callable[..., None]:
+    """Runs a command of JupyterLab, and does not wait for its end."""
+
+    def run(name: str, **arguments: object) -> None:
+        lab.evaluate("([name, arguments]) => void jupyterapp.commands.execute(name, arguments)", [name, arguments])
+
+    return run
+
+
+@pytest.fixture
+def theme(lab: Any, command: Callable[..., None]) -> Callable[[str], None]:
+    """Changes to `"Light"` or `"Dark"`, and waits until it is there."""
+
+    def change(name: str) -> None:
+        command("apputils:change-theme", theme=f"JupyterLab {name}")
+        lab.wait_for_selector(f"body[data-jp-theme-light={'true' if name == 'Light' else 'false'}]", state="attached")
+
+    return change
