@@ -3,8 +3,10 @@
 import math
 import struct
 
+import nbformat
 import pytest
 import torch
+from nbconvert import HTMLExporter
 
 import lora_nb as ln
 from lora_nb.jupyter.charts import AdapterCompare, Chart, HeatMap, LossChart, MemoryChart
@@ -105,6 +107,13 @@ def test_saved_notebook_has_a_picture_without_markup_of_names(chart):
     assert "<img" not in bundle["text/html"]
     assert "<table" in bundle["text/html"] or "<svg" in bundle["text/html"]
     assert "object at 0x" not in bundle["text/plain"]
+
+
+def test_a_page_made_of_a_saved_notebook_shows_the_picture():
+    data, metadata = HeatMap({"layers.0.q": 1.0, "layers.1.q": 2.0})._repr_mimebundle_()
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data, metadata=metadata)])
+    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert ">1.00</text></g></svg>" in page
 
 
 @pytest.mark.parametrize("empty", [LossChart(), MemoryChart({}), HeatMap({}), AdapterCompare({})], ids=lambda c: type(c).__name__)
