@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_nb.adapter_files import CONFIG
-from lora_nb.bases import EMBEDDED
+from lora_nb.bases import EMBEDDED, load
 from lora_nb.commands.session import Session
 from lora_nb.errors import AdapterFileError, ConfigError
 from lora_nb.http_door import Door
@@ -41,7 +41,7 @@ def serve(
     session: Session,
     folder: Annotated[str, "folder whose subfolders are adapters; no others can be asked for"] = "adapters",
     *,
-    base: Annotated[str, "tiny, a folder, or a Hub id; default: what is loaded, else tiny"] = "",
+    base: Annotated[str, "tiny, a folder, or a Hub id; default: the one in use, else tiny"] = "",
     port: Annotated[int, "on this machine's loopback address; 0: a free one"] = 0,
     device_slots: Annotated[int, "adapters that can act at the same time"] = 8,
     host_slots: Annotated[int, "further adapters kept in memory"] = 64,
@@ -49,11 +49,12 @@ def serve(
 ) -> Door | None:
     """Serve the adapters of a folder over HTTP, as OpenAI's completions; the token is that of LORA_NB_TOKEN, or a new one."""
     _saved(folder)
-    model, tokenizer = session.open(base)
+    name = base or session.base or "tiny"
+    model, tokenizer = load(name)  # one of its own: while it is served, no other verb may touch it
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     server = AdapterServer(model, tokenizer, device_slots, host_slots, folder=folder, max_batch=max_batch)
     try:
-        opened = Door(server, token, port, session.base or "base")
+        opened = Door(server, token, port, name)
     except BaseException:
         server.close()
         raise

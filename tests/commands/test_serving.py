@@ -45,7 +45,9 @@ def test_serve_in_a_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     said: list[object] = []
     monkeypatch.setenv("LORA_NB_TOKEN", "mine")
     session = Session(say=said.append, lasting=True)
+    own, _ = session.open("tiny")
     opened = serve(session, str(folder))
+    assert opened.server.model is not own
     assert session.named["door"] is opened
     assert "LORA_NB_TOKEN" in str(said[0])
     assert "mine" not in str(said[0])
