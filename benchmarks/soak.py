@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -33,7 +34,7 @@ from lora_nb.errors import AdapterError, QueueFullError
 from lora_nb.tickets import Ticket
 
 PROMPTS = ["The old man opened the door and", "Could you please", "She had never", "In the morning, when the rain had stopped, and"]
-TOKENS, SLOTS, HOST, STUCK = 12, 16, 64, 180.0
+TOKENS, SLOTS, HOST, STUCK = 12, 16, 64, 300.0
 NEAR = 1e-3  # two tokens whose logits differ by less may change places: a batch rounds otherwise than a single row
 SPOILT = ("broken weights", "no weights", "broken config", "another base", "nan")
 
@@ -81,9 +82,7 @@ def spoil(folder: Path, good: str) -> list[str]:
             if how == "nan":
                 raw[-4:] = b"\x00\x00\xc0\x7f"
             else:
-                raw = raw.replace(b'"base_fingerprint":"', b'"base_fingerprint":"0', 1)
-                cut = raw.index(b'"base_fingerprint":"0') + len(b'"base_fingerprint":"0')
-                del raw[cut]
+                raw = re.sub(rb'("base_fingerprint\w*":")(.)', lambda m: m[1] + (b"1" if m[2] == b"0" else b"0"), raw)
             weights.write_bytes(bytes(raw))
         names.append(name)
     return names
@@ -220,7 +219,8 @@ def soak(minutes: float, adapters: int, seed: int = 0) -> dict[str, Any]:
             task.failures.append("adapters are left on the model")
         for name in list(task.away):
             (folder / f".away-{name}").rename(folder / name)
-        ties = [w for w in task.wrong if near_tie(folder, w[0], PROMPTS[w[1]], w[2], expected[w[0]][w[1]])]
+        known = [w for w in task.wrong if w[0] in expected]
+        ties = [w for w in known if near_tie(folder, w[0], PROMPTS[w[1]], w[2], expected[w[0]][w[1]])]
     return verdict(task, memory, figures, len(ties), minutes)
 
 
