@@ -176,3 +176,13 @@ def test_generate_with_an_adapter_for_each_prompt() -> None:
     assert ln.generate(model, tokenizer, "a", adapter=["two"], max_new_tokens=10) == together[2]
     with pytest.raises(ConfigError, match="2 adapters for 3 prompts"):
         ln.generate(model, tokenizer, ["a"] * 3, adapter=["one", "two"])
+
+
+def test_a_copy_of_a_whole_module_keeps_its_keys_once() -> None:
+    model, tokenizer = byte_llama(), byte_tokenizer()
+    whole = ln.LoraConfig(r=4, lora_alpha=12, target_modules=["up_proj"], modules_to_save=["self_attn"])
+    model = many(model, {"whole": whole, "small": KINDS["small"]})
+    names, prompts = ["whole", None, "small"], ["a", "b", "ça va"]
+    together = ln.generate(model, tokenizer, prompts, adapter=names, max_new_tokens=8)
+    with ln.disabled(model):
+        assert together == [ln.generate(model, tokenizer, p, adapter=n, max_new_tokens=8) for p, n in zip(prompts, names, strict=True)]
