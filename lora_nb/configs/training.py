@@ -25,7 +25,7 @@ class TrainConfig:
     Args:
         max_steps: optimizer steps; None for as many as `num_train_epochs` asks, or 200 where that is None too.
         num_train_epochs: passes over the data; with `max_steps` given as well, whichever ends first.
-        batch_size: blocks (texts), pairs or, with `packing`, packed rows in one forward.
+        batch_size: blocks (texts), pairs or, with `packing`, packed rows in one forward; several processes share them.
         seq_len: tokens in a block; longer pairs are cut there, and the run says how many.
         packing: several short pairs in one row of `seq_len`, none of which sees another: less padding, fewer forwards.
         gradient_accumulation_steps: forwards in one optimizer step; the loss is the mean over all their tokens.

@@ -30,7 +30,7 @@ from lora_nb.training.callbacks import Callback, Watchers
 from lora_nb.training.checks import Movement, Path, packed_path, refuse_no_gradient, refuse_not_finite
 from lora_nb.training.evaluation import evaluate_blocks
 from lora_nb.training.loss import loss_sum
-from lora_nb.training.memory_use import explained, forget_peak, is_out_of_memory, memory_by_part, peak_memory
+from lora_nb.training.memory_use import explained, forget_peak, in_words, is_out_of_memory, memory_by_part, peak_memory
 from lora_nb.training.modes import prepared
 from lora_nb.training.optim import make_optimizer, set_rates, trainable
 from lora_nb.training.precision import Precision
@@ -84,18 +84,17 @@ def train(
             for step in turns:
                 if _due(config, step.step):
                     look(watchers)
-                if distributed.anywhere(said=watchers.step(step), device=work.device):
-                    run.stopped_by = "callback"
-                    break
-                if config.early_stopping_patience and run.stale() >= config.early_stopping_patience:
-                    run.stopped_by = "early_stopping"
+                if reason := _reason_to_stop(work, asked=watchers.step(step)):
+                    run.stopped_by = reason
                     break
             else:
                 run.stopped_by = "max_steps" if run.steps == config.max_steps else "num_train_epochs"
             turns.close()
             look(watchers)
-        except OutOfMemoryError as error:
-            run.stopped_by, run.notice = "out_of_memory", str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            run.stopped_by, run.notice = "out_of_memory", in_words(error, work.memory())
             warnings.warn(run.notice, stacklevel=2)
         except KeyboardInterrupt as error:
             run.stopped_by = "sigterm" if isinstance(error, Terminated) else "interrupt"
@@ -117,6 +116,14 @@ def steps(
     config = config or TrainConfig()
     trainable(model)
     yield from _turns(_prepare(model, dataset.encode(tokenizer, config.seq_len), int(tokenizer.pad_token_id or 0), config))
+
+
+def _reason_to_stop(work: Work, *, asked: bool) -> str:
+    """After a step; what one process is asked, all heed."""
+    if distributed.anywhere(said=asked, device=work.device):
+        return "callback"
+    patience = work.config.early_stopping_patience
+    return "early_stopping" if patience and work.run.stale() >= patience else ""
 
 
 def _due(config: TrainConfig, step: int) -> bool:
@@ -173,7 +180,6 @@ def _turns(work: Work) -> Generator[Step, None, None]:
                 rate = set_rates(optimizer, config, number, work.total)
                 micro = work.sampler.step(number)
                 loss, tokens = _accumulate(work, micro, number)
-                work.sampler.prefetch(number + 1)  # while a GPU is still busy with this one
                 norm = _clip(work, params)
                 if not (math.isfinite(loss) and work.precision.fits(norm)):
                     refuse_not_finite(number + 1, loss, norm, rate, micro)
@@ -208,11 +214,12 @@ def _accumulate(work: Work, micro: Sequence[Batch], number: int) -> tuple[float,
                 if loss.requires_grad:
                     work.precision.backward(loss)
                 total += loss.detach()
+            work.sampler.prefetch(number + 1)  # a GPU is still busy with this one
         mean = distributed.summed([float(total)], work.device)[0]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        full = str(error) or "MemoryError"
+        full = str(error) or type(error).__name__
     if full:  # here, where the traceback no longer holds what filled the memory
         raise OutOfMemoryError(explained(full, work.model, micro[0], work.config, parts=work.memory(), autocast=work.precision.autocast))
     refuse_no_gradient(work.model, mean)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_nb.blocks import Batch
 from lora_nb.configs import TrainConfig
+from lora_nb.errors import OutOfMemoryError
 from lora_nb.render import format_bytes
 from lora_nb.training import distributed
 from lora_nb.training.loss import loss_sum
@@ -86,9 +87,21 @@ def explained(
             _free(model)
 
     _free(model)
-    taken = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
     advice = _remedy(len(batch.input_ids), config, fits) if distributed.processes() == 1 else f"lower batch_size={config.batch_size}"
-    return f"Out of memory ({said.strip().splitlines()[0][:200]}). It went into: {taken}. What to do: {advice}."
+    return f"{_taken(said, parts)} What to do: {advice}."
+
+
+def in_words(error: BaseException, parts: dict[str, int]) -> str:
+    """The message after memory was full in a step, which `explained` made, or elsewhere: in the optimizer's update, in an evaluation."""
+    if isinstance(error, OutOfMemoryError):
+        return str(error)
+    elsewhere = "It was full in the optimizer's update or an evaluation"
+    return f"{_taken(str(error), parts)} {elsewhere}: take a smaller rank, offload_optimizer=True, or evaluate on shorter rows (seq_len)."
+
+
+def _taken(said: str, parts: dict[str, int]) -> str:
+    taken = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    return f"Out of memory ({(said.strip() or 'MemoryError').splitlines()[0][:200]}). It went into: {taken}."
 
 
 def _free(model: nn.Module) -> None:

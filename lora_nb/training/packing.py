@@ -83,8 +83,7 @@ class Attention:
     """What transformers calls in place of its own attention; the plan is made once for all layers of a forward."""
 
     def __init__(self) -> None:
-        self.positions: Tensor | None = None
-        self.plan = Plan(torch.empty(0), 0, 0)
+        self.last: tuple[Tensor, Plan] | None = None
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **settings: Any
@@ -92,9 +91,10 @@ class Attention:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         positions = settings.pop("position_ids")
-        if self.positions is not positions:
-            self.plan, self.positions = Plan.of(positions.expand(len(query), -1)), positions
-        plan, window = self.plan, settings.get("sliding_window")
+        last = self.last  # once: another thread may be training, too
+        plan = last[1] if last and last[0] is positions else Plan.of(positions.expand(len(query), -1))
+        self.last = positions, plan
+        window = settings.get("sliding_window")
         near = None
         if window is not None and plan.longest > window:
             near = torch.ones(plan.longest, plan.longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
@@ -119,7 +119,7 @@ def apart(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before  # noqa: SLF001
-        ATTENTION.positions = None
+        ATTENTION.last = None
 
 
 def able(config: Any) -> bool:

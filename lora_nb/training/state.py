@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -213,7 +214,8 @@ def refuse_another(here: dict[str, Any], there: dict[str, Any], folder: Path) ->
 
 def _checksum(blocks: Iterable[Block]) -> int:
     """Of all tokens and labels, in their order."""
-    sum_ = 0
+    found = 0
     for block in blocks:
-        sum_ = zlib.crc32(repr((list(block.input_ids), list(block.labels))).encode(), sum_)
-    return sum_
+        for numbers in (block.input_ids, block.labels):
+            found = zlib.crc32(array("q", numbers), found)
+    return found

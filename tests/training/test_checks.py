@@ -149,6 +149,19 @@ def test_what_was_trained_before_the_memory_was_full_is_kept(monkeypatch) -> Non
     assert all(torch.equal(p, states[-1][name]) for name, p in copied(model).items())
 
 
+def test_a_memory_that_is_full_in_the_update_ends_the_run_too(monkeypatch) -> None:
+    model, start = adapted(), copied(adapted())
+
+    def step(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.warns(UserWarning, match="offload_optimizer=True"):
+        run = ln.train(model, TOKENIZER, PAIRS, config())
+    assert (run.steps, run.stopped_by) == (0, "out_of_memory")
+    assert same(start, copied(model))
+
+
 def test_steps_raise_it(monkeypatch) -> None:
     full_above(1, monkeypatch)
     with pytest.raises(OutOfMemoryError, match="batch_size=1, gradient_accumulation_steps=4 fits"):
