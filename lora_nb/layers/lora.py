@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora_init import start
-from lora_nb.layers.lora_linear import is_plain, lora_linear
+from lora_nb.layers.lora_linear import is_frozen, is_plain, lora_linear
 from lora_nb.layers.matrix import is_conv1d, matrix, shape, unmatrix
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
@@ -82,16 +82,20 @@ class LoraWeights(Part):
         """(…, in) → (…, out)."""
         own: dict[str, Any] = self._parameters  # straight to the tables: in generation nn.Module's look-ups cost as much as these products
         a, b = own["lora_A"], own["lora_B"]
-        if inner is layer.base and not self.beside() and is_plain(inner, x, a):
+        p = self.dropout if self.training else 0.0
+        if inner is layer.base and not self.more() and ((is_plain(inner, x, a) and not p) or learns_at(inner, x)):
             base: dict[str, Any] = layer._parameters
-            return lora_linear(x, base["weight"], base["bias"], (a, b, self.scaling))
+            return lora_linear(x, base["weight"], base["bias"], (a, b, self.scaling), p)
         y = inner(x)
         return y + self.update(layer, self.dropped(x)).to(y.dtype)  # type: ignore[no-any-return]
 
     def beside(self) -> bool:
         """Whether it is more than s · B A x."""
-        dropout = self.dropout > 0 and self.training
-        return dropout or self._parameters["lora_bias"] is not None or self._buffers["start_a"] is not None
+        return (self.dropout > 0 and self.training) or self.more()
+
+    def more(self) -> bool:
+        """Whether it is more than s · B A D(x), with dropout D."""
+        return self._parameters["lora_bias"] is not None or self._buffers["start_a"] is not None
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input as the adapter sees it: in its own type, with entries zeroed while it trains."""
@@ -193,6 +197,12 @@ class LoraEmbeddingWeights(LoraWeights):
     def tensors(self) -> dict[str, Tensor]:
         whole = {f".base_layer.{name}": p for name, p in self.whole.items()}
         return {".lora_embedding_A": self.lora_A, ".lora_embedding_B": self.lora_B, **whole}
+
+
+def learns_at(base: nn.Module, x: Tensor) -> bool:
+    """Whether the product's own backward pass serves: it takes dropout, autocast and a base of another type as well."""
+    usual = x.device.type in {"cpu", "cuda"} and not torch.compiler.is_compiling()
+    return usual and torch.is_grad_enabled() and is_frozen(base) and x.is_floating_point()
 
 
 def with_bias(values: dict[str, Tensor], more: Tensor) -> Tensor:

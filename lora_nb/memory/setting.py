@@ -24,7 +24,7 @@ CHOICES = {"optimizer": OPTIMIZERS, "framework": ("lora_nb", "peft", "litgpt"), 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 DTYPES |= {"float16": torch.float16, "fp16": torch.float16}
 MOST = {"batch_size": 1 << 20, "seq_len": 1 << 24, "gradient_accumulation_steps": 1 << 20}
-FEW = 256  # rows from which on the effective weight is formed, as in layers/lora_linear.py
+FEW = 1024  # rows from which on the effective weight is formed, as in layers/lora_linear.py
 OWN_LAYERS = ("falcon", "gpt2")  # linear layers of a class of their own, which the adapter calls instead of computing them itself
 NOT_COVERED = ("target_parameters", "modules_to_save", "trainable_token_indices")
 
