@@ -10,15 +10,18 @@ from torch import nn
 
 from lora_nb.configs import TrainConfig
 from lora_nb.errors import TrainingError
+from lora_nb.fusing import fused
 
 
 @contextmanager
 def prepared(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """The config's `gradient_checkpointing` and `compile`."""
+    """The config's `gradient_checkpointing` and `compile`; without the latter, which fuses on its own, known blocks are fused."""
     with ExitStack() as stack:
         stack.enter_context(checkpointing(model, wanted=config.gradient_checkpointing))
         if config.compile:
             stack.enter_context(_compiled(model))
+        else:
+            stack.enter_context(fused(model))
         yield
 
 
