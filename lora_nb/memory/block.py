@@ -27,8 +27,8 @@ class Way:
 
     Args:
         element: bytes of a weight and of an activation; `adapter`: of an adapter's parameter.
-        summed: with many rows in fp32 the effective weight W + s·BA is formed and kept, one copy of each adapted weight, and
-            x Aᵀ is computed again instead of kept.
+        summed: with many rows in fp32 the effective weight W + s·BA is formed and kept, one copy of each adapted weight; x Aᵀ,
+            dropout, and x in the adapter's type are computed again instead of kept.
         transformers: the models are transformers'; else litgpt's, where q, k and v are one product, keys and values are
             repeated for each query head, GELU is one operation in all its forms, and models have no dropout of their own.
         mask: bytes of an entry of a dropout's mask.
@@ -44,7 +44,7 @@ class Way:
 
     @property
     def converts(self) -> bool:
-        """An adapter keeps a copy of its input in its own type, each its own."""
+        """An adapter computes in its own type; unless its products are our own it keeps a copy of its input in it, each its own."""
         return self.adapter != self.element
 
 
@@ -196,14 +196,15 @@ class Walk:
         """x ↦ W x + s · B A x."""
         way, dropped = self.way, self.adapters.dropout > 0
         size = way.adapter if way.converts else self.e
-        own = way.summed and not way.converts and not dropped and not self.adapters.slow  # forward and backward of our own
-        if dropped or way.converts:
+        other = dropped or way.converts
+        own = way.summed and not self.adapters.slow and not (self.adapters.dora and other)  # forward and backward of our own
+        if other and not own:
             self.kept.add("adapters", of, size)
         else:
-            self.keep(x, "adapters", of, size)
-        if dropped:
+            self.keep(x, "adapters", of, self.e)
+        if dropped and not own:
             self.kept.add("adapters", of, way.mask if way.mask == 1 else size)
-        if own and self.e == 4 and self.many:
+        if own and not other and self.e == 4 and self.many:
             self.kept.fixed += 4 * linear.inputs * linear.outputs
         if not own:
             self.kept.add("adapters", "", size * r)
