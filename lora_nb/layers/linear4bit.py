@@ -35,7 +35,7 @@ class Multiply4bit(torch.autograd.Function):
         for_x, for_bias, _ = ctx.needs_input_grad
         return (
             grad @ dequantize(ctx.weight, grad.dtype) if for_x else None,
-            grad.flatten(0, -2).sum(0) if for_bias else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if for_bias else None,
             None,
         )
 

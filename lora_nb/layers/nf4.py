@@ -116,9 +116,7 @@ def _check(weight: Tensor, block_size: int, quant_type: str) -> None:
 
 
 def _finished(weight: Tensor, packed: Tensor, absmax: Tensor, block: int, quant_type: str, double: bool) -> QuantizedTensor:  # noqa: PLR0917
-    """The scales checked and, where it is asked for, in 8 bits."""
-    if not weight.is_meta and not torch.isfinite(absmax).all():
-        raise QuantizationError("The weight holds NaN or infinity, which no level stands for: it is damaged, or its training ran away.")
+    """The parts together; the scales in 8 bits, where that is asked for."""
     nested = _double(absmax) if double else {"absmax": absmax}
     return QuantizedTensor(
         packed=packed[:, None], shape=tuple(weight.shape), dtype=weight.dtype, quant_type=quant_type, block_size=block, **nested
@@ -157,6 +155,7 @@ def _pack_textbook(blocks: Tensor, quant_type: str, packed: Tensor, absmax: Tens
     _, order, borders = sorted_levels(quant_type)
     blocks = blocks.float()
     absmax.copy_(blocks.abs().amax(1))
+    _check_finite(absmax)
     if last:
         absmax.clamp_(min=TINY)
     scaled = blocks / absmax[:, None] if last else blocks * (1 / absmax.clamp(min=TINY))[:, None]
@@ -166,12 +165,18 @@ def _pack_textbook(blocks: Tensor, quant_type: str, packed: Tensor, absmax: Tens
     packed.copy_(index[0::2] << 4 | index[1::2])
 
 
+def _check_finite(absmax: Tensor) -> None:
+    if not absmax.is_meta and not torch.isfinite(absmax).all():
+        raise QuantizationError("The weight holds NaN or infinity, which no level stands for: it is damaged, or its training ran away.")
+
+
 def _pack_chunk(blocks: Tensor, quant_type: str, packed: Tensor, absmax: Tensor) -> None:
     """The same without a search: the cell that a weight lies in tells all borders below it but one, which is then asked."""
     _, order, _ = sorted_levels(quant_type)
     below, border = _cells(quant_type)
     blocks = blocks.float()
     torch.amax(blocks.abs(), 1, out=absmax)
+    _check_finite(absmax)
     scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).view(-1).clamp_(-1, 1)
     cell = _cell(scaled)
     index = below.index_select(0, cell)
@@ -200,7 +205,7 @@ def _cells(quant_type: str) -> tuple[Tensor, Tensor]:
 @cache
 def sorted_levels(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
     """The levels from low to high, their indices, and the borders half-way between neighbours; on the CPU."""
-    levels = LEVELS[quant_type]()
+    levels = LEVELS[quant_type]
     low_to_high, order = torch.sort(levels, stable=True)
     return low_to_high, order.to(torch.uint8), (low_to_high[1:] + low_to_high[:-1]) / 2
 
@@ -214,32 +219,40 @@ def _zero(quant_type: str) -> int:
 def _values(packed: Tensor, quant_type: str) -> Tensor:
     """(bytes,) → levels (2·bytes,), fp32."""
     index = torch.stack([packed >> 4, packed & 15], 1).flatten()
-    return LEVELS[quant_type]().to(packed.device)[index.int()]
+    return LEVELS[quant_type].to(packed.device)[index.int()]
 
 
 def _unpack(packed: Tensor, scales: Tensor, quant_type: str, block: int, out: Tensor) -> None:
-    """Four weights at a time: two bytes, read as one number, tell where in a table of 65,536 their levels stand.
-
-    A table entry, 4 × fp32, is moved as one complex number of 128 bits.
-    """
-    table, quads = _quads(quant_type), (packed if packed.storage_offset() % 2 == 0 else packed.clone()).view(torch.uint16)
+    """Look levels up for several weights at a time and multiply them by their scales, chunk by chunk, in fp32."""
     values = torch.empty(min(CHUNK, len(out)), device="cpu")
+    look_up = _look_up_pairs if torch.get_num_threads() == 1 else _look_up_quads
     for i in range(0, len(out), CHUNK):
         target = out[i : i + CHUNK]
-        index = quads[i // 4 : (i + len(target)) // 4].long()
-        rows = gcd(len(index), 64)  # torch spreads them over its threads
         dense = target if out.dtype == torch.float32 else values[: len(target)]
-        torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=dense.view(torch.complex128).view(rows, -1))
+        look_up(packed[i // 2 : (i + len(target)) // 2], quant_type, dense)
         dense.view(-1, block).mul_(scales[i // block : (i + len(target)) // block, None])
         if dense is not target:
             target.copy_(dense)
 
 
+def _look_up_pairs(packed: Tensor, quant_type: str, out: Tensor) -> None:
+    """By the byte: two levels are moved as one number of 64 bits. The quickest on one thread, and torch gives it no more."""
+    torch.index_select(_table(quant_type, 1), 0, packed.int(), out=out.view(torch.float64))
+
+
+def _look_up_quads(packed: Tensor, quant_type: str, out: Tensor) -> None:
+    """By two bytes: four levels are moved as one complex number of 128 bits, by all threads."""
+    index = (packed if packed.storage_offset() % 2 == 0 else packed.clone()).view(torch.uint16).long()
+    rows = gcd(len(index), 64)  # the threads share them
+    table = _table(quant_type, 2).expand(rows, -1)
+    torch.gather(table, 1, index.view(rows, -1), out=out.view(torch.complex128).view(rows, -1))
+
+
 @cache
-def _quads(quant_type: str) -> Tensor:
-    """For each two bytes the levels of their four weights, (65536,) of 128 bits."""
-    pairs = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8)
-    return _values(pairs, quant_type).view(torch.complex128)
+def _table(quant_type: str, n: int) -> Tensor:
+    """The levels of the weights in one byte, (256,) of 64 bits, or in two, (65536,) of 128."""
+    every = torch.arange(256**n, dtype=torch.int32, device="cpu").to(torch.uint16 if n == 2 else torch.uint8)
+    return _values(every.view(torch.uint8), quant_type).view(torch.complex128 if n == 2 else torch.float64)
 
 
 def _elsewhere(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ NESTED_BLOCK = 256  # scales that share a scale of their own
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@cache
 def nf4_levels() -> Tensor:
     """The sixteen levels of NF4, (16,), from low to high.
 
@@ -42,7 +41,6 @@ def _quantiles(n: int) -> Tensor:
     return quantiles.float()
 
 
-@cache
 def fp4_levels() -> Tensor:
     """The levels of a float of four bits, (16,), by bit pattern: sign, two bits of exponent e, one of mantissa m.
 
@@ -52,7 +50,7 @@ def fp4_levels() -> Tensor:
     return torch.tensor([*magnitudes, *(-x for x in magnitudes)], device="cpu") / 12
 
 
-LEVELS = {"nf4": nf4_levels, "fp4": fp4_levels}
+LEVELS = {"nf4": nf4_levels(), "fp4": fp4_levels()}
 
 
 @cache
@@ -155,7 +153,7 @@ class QuantizedTensor:
     def state_dict(self, key: str) -> dict[str, Tensor]:
         """What bitsandbytes' `Linear4bit` has in its state dict under `key`, to the byte."""
         said = {"quant_type": self.quant_type, "blocksize": self.block_size, "dtype": _name(self.dtype), "shape": list(self.shape)}
-        parts = {"": self.packed, ".absmax": self.absmax, ".quant_map": LEVELS[self.quant_type]().to(self.packed.device, copy=True)}
+        parts = {"": self.packed, ".absmax": self.absmax, ".quant_map": LEVELS[self.quant_type].to(self.packed.device, copy=True)}
         if self.nested_absmax is not None and self.nested_code is not None:
             parts |= {".nested_absmax": self.nested_absmax, ".nested_quant_map": self.nested_code}
             said |= {"nested_blocksize": self.nested_block_size, "nested_dtype": "float32", "nested_offset": self.nested_offset}
@@ -227,7 +225,7 @@ def _check_tables(found: QuantizedTensor, levels: Tensor, key: str) -> None:
     """Only the known tables: with another one the same indices mean other weights."""
     if levels.is_meta:
         return
-    if levels.shape != (16,) or not torch.equal(levels.cpu().float(), LEVELS[found.quant_type]()):
+    if levels.shape != (16,) or not torch.equal(levels.cpu().float(), LEVELS[found.quant_type]):
         raise QuantizationError(f"{key}.quant_map is not the table of {found.quant_type!r}: the weight was quantized by other rules.")
     if found.nested_code is not None:
         own, known = found.nested_code.cpu().clone(), dynamic_map()
