@@ -119,23 +119,24 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, quant: QuantCon
     try:
         base_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         reading = _reading(name, base_config, quant, device)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=base_config,
-            dtype=dtype,
-            **({} if reading is None else {"quantization_config": reading}),
-            use_safetensors=True,
-            trust_remote_code=False,  # None would ask the person at the keyboard whether to run the model's own code
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        with nullcontext() if reading is None else reading.piecewise():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=base_config,
+                dtype=dtype,
+                **({} if reading is None else {"quantization_config": reading}),
+                use_safetensors=True,
+                trust_remote_code=False,  # None would ask the person at the keyboard whether to run the model's own code
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (BaseModelError, QuantizationError):
         raise
     except Exception as error:  # a damaged config or a network down raises whatever transformers stumbles over
-        if reading is not None and reading.refusal is not None:
-            raise reading.refusal from error
         raise BaseModelError(_explain(name, source, error)) from error
+    if reading is not None and reading.refusal is not None:
+        raise reading.refusal
     model, info = loaded
     lost = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
     if lost:

@@ -177,6 +177,7 @@ def _ours(weight: Tensor, config: QuantConfig) -> nn.Module:
 def _bitsandbytes(weight: Tensor, config: QuantConfig) -> nn.Module:
     bnb = bitsandbytes_layers()
     _refuse_damaged(weight)
+    refuse_wrong_rows(weight.shape[1], weight.device)
     kind, dtype = config.quant_type.removeprefix("bnb-"), config.compute(weight)
     with torch.device("meta"):
         layer: nn.Module = bnb.Linear4bit(
@@ -208,6 +209,19 @@ def bitsandbytes_layers() -> Any:
 def _refuse_damaged(weight: Tensor) -> None:
     if not torch.isfinite(weight).all():
         raise QuantizationError("The weight holds NaN or infinity, which no level stands for: it is damaged, or its training ran away.")
+
+
+def refuse_wrong_rows(columns: int, device: torch.device) -> None:
+    """Where bitsandbytes (0.50, on a CPU) takes another block's scales.
+
+    Raises:
+        QuantizationError: rows that are no whole number of its blocks.
+    """
+    if device.type == "cpu" and columns % 64:
+        raise QuantizationError(
+            f"bitsandbytes computes wrong weights on a CPU where a row of {columns} is no multiple of 64: use 'nf4' or 'fp4', this "
+            "package's own layers, or leave the layer out with skip_modules."
+        )
 
 
 def dense_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:

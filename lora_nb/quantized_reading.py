@@ -6,10 +6,13 @@ in the model. transformers is imported with this file, so whoever needs it impor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -21,7 +24,7 @@ from lora_nb.layers.linear4bit import Linear4bit
 from lora_nb.layers.matrix import is_conv1d
 from lora_nb.layers.quantized import QuantizedTensor
 from lora_nb.origin import remember, sample, samples
-from lora_nb.quantization import bitsandbytes_layers, choose, note_in_config, quantized_layer
+from lora_nb.quantization import bitsandbytes_layers, choose, note_in_config, quantized_layer, refuse_wrong_rows
 
 METHOD = "lora_nb"
 STATE = "quant_state.bitsandbytes__"
@@ -42,6 +45,25 @@ class Reading(QuantizationConfigMixin):
         self.skipped: dict[str, str] = {}
         self.dtype: torch.dtype | None = None
         self.refusal: QuantizationError | None = None
+
+    @contextmanager
+    def piecewise(self) -> Iterator[None]:
+        """While in here transformers reads a file piece by piece, as it does on Windows, instead of mapping it into memory whole.
+
+        What was read of a mapped file stays in memory until all of it has been: with it goes what reading one tensor at a
+        time would save. (transformers has no setting for it.)
+        """
+        loading: Any = modeling_utils  # where the name is not declared as public
+        mapped = loading.safe_open
+
+        def read(file: str, *, framework: str, device: str, backend: str) -> Any:  # noqa: ARG001 - the one that is not taken
+            return mapped(file, framework=framework, device=device, backend="pread")
+
+        loading.safe_open = read
+        try:
+            yield
+        finally:
+            loading.safe_open = mapped
 
     def finish(self, model: Any) -> None:
         """Take transformers' marks off, and note in the config what the layers are."""
@@ -98,6 +120,10 @@ class Convert(ConversionOps):
     def __init__(self, hf_quantizer: Reader) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Convert:
+        """transformers copies it for each weight; what is found on the way belongs in one place."""
+        return self
+
     def convert(  # type: ignore[override]  # called by name
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -110,8 +136,9 @@ class Convert(ConversionOps):
             put = _restore if reading.stored else _quantize
             put(model, path, parts, reading)
         except QuantizationError as error:
+            # Not raised in here, where transformers would print it with all that led to it, and go on.
             reading.refusal = reading.refusal or QuantizationError(f"{full_layer_name}: {error}")
-            raise
+            return {}
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -151,6 +178,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _as_bitsandbytes(layer: Linear4bit, parts: dict[str, Tensor]) -> nn.Module:
+    refuse_wrong_rows(layer.in_features, parts["weight"].device)
     bnb = bitsandbytes_layers()
     with torch.device("meta"):
         theirs: nn.Module = bnb.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=layer.compute_dtype)
