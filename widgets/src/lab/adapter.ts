@@ -33,6 +33,7 @@ type Pair = Partial<Record<"A" | "B", Tensor>>;
 const PREFIX = "base_model.model.";
 const KEY = /^base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))$/s;
 const MOST_WARNINGS = 20;
+const MOST_MODULES = 4000; // each is a cell of the map; the largest models have some 600
 const MOST_RANK = 512; // beyond it an SVD would hold the page up
 
 /** The config alone, before the weights are read. */
@@ -73,7 +74,8 @@ export function* measured(config: Config, { tensors }: Contents, warnings: strin
     if (path && side) pairs.set(path, { ...pairs.get(path), [side]: tensor });
     else if (!/\.lora_magnitude_vector|\.lora_B\.bias$/.test(key)) warn(warnings, `${key.replace(PREFIX, "")} is no part of a low-rank update: not measured.`);
   }
-  for (const [path, { A, B }] of pairs) {
+  if (pairs.size > MOST_MODULES) warn(warnings, `Of ${pairs.size} modules the first ${MOST_MODULES} are measured.`);
+  for (const [path, { A, B }] of [...pairs].slice(0, MOST_MODULES)) {
     const shape = A && B ? fit(A.shape, B.shape) : null;
     if (!A || !B || !shape) {
       warn(warnings, `${path} has no pair of A and B that fit each other.`);

@@ -6,8 +6,14 @@ export type Columns = Float64Array[];
 /** A (r, fan-in) and B (out, r) lie row by row. */
 export function singularValues(A: Float64Array, B: Float64Array, r: number): number[] {
   const rows = Array.from({ length: r }, (_, i) => A.slice((i * A.length) / r, ((i + 1) * A.length) / r)); // the columns of Aᵀ
-  const columns = Array.from({ length: r }, (_, j) => Float64Array.from({ length: B.length / r }, (_, i) => B[i * r + j] ?? 0));
+  const columns = Array.from({ length: r }, (_, j) => column(B, j, r));
   return jacobi(timesTransposed(triangle(columns), triangle(rows)));
+}
+
+function column(M: Float64Array, j: number, width: number): Float64Array {
+  const out = new Float64Array(M.length / width);
+  for (let i = 0; i < out.length; i++) out[i] = M[i * width + j] ?? 0;
+  return out;
 }
 
 /** The columns of R in M = Q R (Householder). Where M has fewer rows than columns, R is as flat. */

@@ -91,7 +91,9 @@ function decode(view: DataView, dtype: string): Float64Array {
   };
   const one = read[dtype];
   if (!one) throw new Refused(`It holds ${dtype}, not floating-point numbers of 16 bits or more.`);
-  return Float64Array.from({ length: view.byteLength / size }, (_, i) => one(i * size));
+  const out = new Float64Array(view.byteLength / size);
+  for (let i = 0; i < out.length; i++) out[i] = one(i * size);
+  return out;
 }
 
 /** IEEE 754 binary16: 1 bit sign, 5 bits exponent, 10 bits fraction. */
