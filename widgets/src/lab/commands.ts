@@ -47,6 +47,8 @@ async function newPanel(app: JupyterFrontEnd, cwd: string): Promise<void> {
 }
 
 async function runChecks(app: JupyterFrontEnd): Promise<void> {
+  const front = app.shell.currentWidget as Partial<IDocumentWidget> | null;
+  await front?.context?.sessionContext.ready; // a notebook that has just been opened has no kernel to restart yet
   if (app.commands.isEnabled("notebook:restart-run-all")) return void (await app.commands.execute("notebook:restart-run-all"));
   await say("No notebook is in front", "Open a notebook of the course, then run its checks.");
 }
