@@ -52,7 +52,7 @@ def test_checks_are_run_from_a_fresh_kernel(lab, command, workspace):
     command("docmanager:open", path="checks.ipynb")
     lab.locator(".jp-CodeCell").wait_for()
     command("lora-nb:check")
-    lab.get_by_role("dialog").get_by_role("button", name="Restart").click()
+    lab.get_by_role("button", name="Confirm Kernel Restart").click()
     lab.get_by_text("checked 42").wait_for(timeout=60_000)
 
 
