@@ -15,6 +15,7 @@ Two weights share a byte, the first in its high half. Bytes, rounding and names 
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from math import gcd
 
 import torch
@@ -257,4 +258,8 @@ def _table(quant_type: str, n: int) -> Tensor:
 
 def _elsewhere(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """On a GPU in one kernel, where Triton is there; else, and for what torch.compile makes of it, in the textbook's words."""
+    if quantized.packed.device.type == "cuda" and not torch.compiler.is_compiling() and find_spec("triton") is not None:
+        from lora_nb.layers.nf4_triton import dequantize_triton
+
+        return dequantize_triton(quantized, dtype)
     return dequantize_textbook(quantized, dtype)

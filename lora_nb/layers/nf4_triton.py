@@ -1,0 +1,84 @@
+"""Undoing double quantization and NF4 in one launch on a GPU (Triton; imported only where that is there).
+
+Step by step it is three launches, with the scales written to memory and read again in between. Here each program takes some
+bytes and does all of it in registers:
+
+    scale = nested_code[absmax[block]] · nested_absmax[block / 256] + offset
+    out[2i] = levels[byte_i >> 4] · scale,    out[2i + 1] = levels[byte_i & 15] · scale
+
+A block has an even number of weights, so both halves of a byte have one scale.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_nb.layers.quantized import LEVELS, QuantizedTensor
+
+BYTES = 1024  # of the packed weight, for one program
+
+
+@triton.jit
+def _kernel(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0917 - as Triton wants it
+    packed,  # noqa: ANN001
+    absmax,  # noqa: ANN001
+    levels,  # noqa: ANN001
+    nested_code,  # noqa: ANN001
+    nested_absmax,  # noqa: ANN001
+    offset,  # noqa: ANN001
+    out,  # noqa: ANN001
+    n,  # noqa: ANN001
+    block_size: tl.constexpr,
+    nested_block_size: tl.constexpr,
+    nested: tl.constexpr,
+    count: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * count
+    place = first + tl.arange(0, count)
+    inside = place < (n + 1) // 2
+    byte = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
+    block = 2 * place // block_size
+    scale = tl.load(absmax + block, mask=inside, other=0)
+    if nested:
+        whole = tl.load(nested_absmax + block // nested_block_size, mask=inside, other=0)
+        scale = tl.load(nested_code + scale.to(tl.int32), mask=inside, other=0) * whole + offset
+    # The levels, 64 bytes, stay in the nearest cache.
+    high = tl.load(levels + (byte >> 4)) * scale
+    low = tl.load(levels + (byte & 15)) * scale
+    target = 2 * first + tl.arange(0, 2 * count)
+    tl.store(out + target, tl.interleave(high, low).to(out.dtype.element_ty), mask=target < n)
+
+
+def dequantize_triton(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights again, to the bit as `dequantize` gives them on a CPU."""
+    q, device = quantized, quantized.packed.device
+    out = torch.empty(q.shape, dtype=dtype or q.dtype, device=device)
+    scales = q.nested_code if q.nested_code is not None else q.absmax, q.nested_absmax if q.nested_absmax is not None else q.absmax
+    _kernel[(triton.cdiv(q.packed.numel(), BYTES),)](
+        q.packed,
+        q.absmax,
+        levels_on(q.quant_type, device),
+        *scales,
+        q.nested_offset,
+        out,
+        q.numel(),
+        block_size=q.block_size,
+        nested_block_size=q.nested_block_size,
+        nested=q.nested,
+        count=BYTES,
+        enable_fp_fusion=False,  # a fused multiply-add would round once where bitsandbytes rounds twice
+    )
+    return out
+
+
+_LEVELS: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def levels_on(quant_type: str, device: torch.device) -> Tensor:
+    """The levels, copied to each device once."""
+    if (quant_type, device) not in _LEVELS:
+        _LEVELS[quant_type, device] = LEVELS[quant_type].to(device)
+    return _LEVELS[quant_type, device]

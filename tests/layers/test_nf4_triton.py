@@ -1,0 +1,55 @@
+"""The Triton kernel, run by Triton's interpreter on the CPU, gives the bits that `dequantize` gives.
+
+The interpreter is chosen before Triton is imported, so it has a process of its own. On a GPU the compiled kernel is asked, too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lora_nb.layers.nf4 import dequantize, quantize
+
+CASES = """
+import torch
+from lora_nb.layers.nf4 import dequantize, quantize
+from lora_nb.layers.nf4_triton import dequantize_triton
+
+torch.manual_seed(0)
+count = 0
+for shape in [(64,), (8, 96), (33, 65), (3, 5, 64), (70, 257)]:
+    for block in (32, 64, 256):
+        for double in (False, True):
+            for kind in ("nf4", "fp4"):
+                q = quantize(torch.randn(shape), block, double, quant_type=kind)
+                for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                    ours, expected = dequantize_triton(q, dtype), dequantize(q, dtype)
+                    if dtype == torch.bfloat16:  # the interpreter, not the GPU, cuts digits off where it should round
+                        expected = (dequantize(q, torch.float32).view(torch.int32) & -65536).view(torch.float32).bfloat16()
+                    assert ours.dtype == dtype and ours.shape == expected.shape
+                    assert torch.equal(ours, expected), (shape, block, double, kind, dtype, (ours.float() - expected.float()).abs().max())
+                    count += 1
+print(count)
+"""
+
+
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs Triton, which comes with torch's CUDA builds: pip install triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", CASES], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) == 180
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    for shape in [(1152, 4304), (8, 96), (4096, 4096)]:
+        for double in (False, True):
+            q = quantize(torch.randn(shape), 64, double)
+            for dtype in (torch.float32, torch.bfloat16):
+                assert torch.equal(dequantize(q.to("cuda"), dtype).cpu(), dequantize(q, dtype))
