@@ -193,7 +193,7 @@ def big_config(*, quick: bool) -> Any:
     """The shape of Llama-3.2-1B."""
     from transformers import LlamaConfig
 
-    small: Numbers = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512} if quick else {}
+    small: Numbers = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 6144} if quick else {}
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256, **small}
     return LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
 

@@ -86,3 +86,22 @@ def test_soak(tmp_path: Path) -> None:
     assert found["failures"] == [], done.stdout[-3000:]
     assert found["wrong rows"] == 0
     assert found["requests"]["ended: length"] + found["requests"].get("ended: stop", 0) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nf4(tmp_path: Path) -> None:
+    """Times at this size say nothing; that the bits are bitsandbytes' is asserted inside, and accuracy does not depend on size."""
+    sections = ran("nf4.py", tmp_path, "--threads", "1")["sections"]
+    assert {name: len(s["rows"]) for name, s in sections.items()} == {"dequantize": 2, "warm": 2, "quantize": 1, "linear": 3, "accuracy": 2}
+    rows = [row for section in sections.values() for row in section["rows"]]
+    assert all(row["value"] > 0 and row["met"] in {"yes", "no"} for row in rows)
+    assert {row["met"] for row in sections["accuracy"]["rows"]} == {"yes"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("section", ["step", "loading"])
+def test_qlora(tmp_path: Path, section: str) -> None:
+    found = ran("qlora.py", tmp_path, "--only", section)["sections"][section]
+    assert found["total" if section == "step" else "peak"] > 0
