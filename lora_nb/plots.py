@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lora_nb.latency import SAME, LatencySweep, LatencyTable
+from lora_nb.memory.cards import Card, card
+from lora_nb.memory.report import Estimate
 from lora_nb.rank.report import RankReport
 
 if TYPE_CHECKING:
@@ -112,3 +115,54 @@ def _place(path: str) -> tuple[str, int]:
     if found is None:
         return path.rsplit(".", 1)[-1], -1
     return path[found.end() :].rsplit(".", 1)[-1] or path, int(found[1])
+
+
+# Parts of memory: what stays below, what comes and goes above.
+PARTS = {
+    "weights": BLUE,
+    "adapters": SKY,
+    "optimizer": PURPLE,
+    "gradients": "#f0e442",
+    "activations": ORANGE,
+    "logits": RED,
+    "workspace": "#666666",
+    "KV cache": GREEN,
+    "CUDA context": "#bbbbbb",
+}
+GB = 2**30
+
+
+def memory_bars(estimates: Mapping[str, Estimate], cards: Sequence[str | Card] = ()) -> Figure:
+    """One stacked bar for each estimate, part by part at its peak, with a line for what each card holds."""
+    figure, axes = _figure(7.2, 2.0 + 0.42 * len(estimates))
+    there = [part for part in PARTS if any(part in e.parts for e in estimates.values())]
+    left = [0.0] * len(estimates)
+    for part in there:
+        widths = [e.parts.get(part, 0) / GB for e in estimates.values()]
+        axes.barh(range(len(estimates)), widths, left=left, color=PARTS[part], label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, total in enumerate(left):
+        axes.text(total, i, f" {total:.3g}", va="center")
+    for found in map(card, cards):
+        axes.axvline(found.bytes / GB, color="black", linewidth=0.8, linestyle=":")
+        axes.text(found.bytes / GB, -0.6, f"{found.name} ", rotation=90, va="bottom", ha="right", fontsize=8)
+    axes.set_yticks(range(len(estimates)), list(estimates))
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB at the peak")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
+
+
+def memory_course(estimate: Estimate) -> Figure:
+    """What is there at each moment of the step, part by part; the marks say where forward, backward and optimizer begin."""
+    figure, axes = _figure(7.2, 3.6)
+    moments = estimate.timeline
+    there = [part for part in PARTS if any(part in parts for _, parts in moments)]
+    heights = [[parts.get(part, 0) / GB for _, parts in moments] for part in there]
+    axes.stackplot(range(len(moments)), heights, colors=[PARTS[part] for part in there], labels=there)
+    starts = [i for i, (name, _) in enumerate(moments) if i == 0 or name != moments[i - 1][0]]
+    axes.set_xticks(starts, [moments[i][0] for i in starts], rotation=30, ha="right", fontsize=8)
+    axes.set_xlim(0, max(1, len(moments) - 1))
+    axes.set_ylabel("GiB")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return figure

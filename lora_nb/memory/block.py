@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from lora_nb.memory.shapes import Linear, Shape, Stack
 
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # whose MLPs and norms `fusing.py` knows …
+FUSED_ATTENTION = ("llama", "mistral", "qwen2")  # … and whose projections
 MATH = 4  # bytes of a number: PyTorch's own attention without a fused kernel computes in fp32
 
 
@@ -26,26 +28,34 @@ class Way:
     """How the products of a step are written.
 
     Args:
-        element: bytes of a weight and of an activation; `adapter`: of an adapter's parameter.
+        element: bytes of an activation; `adapter`: of an adapter's parameter; `copy`: of what an adapter of another type than
+            its input keeps of it.
+        stream: bytes of a number in the residual stream, which under autocast may be more than a product's.
         summed: with many rows in fp32 the effective weight W + s·BA is formed and kept, one copy of each adapted weight; x Aᵀ,
             dropout, and x in the adapter's type are computed again instead of kept.
+        fused: blocks that `fusing.py` knows keep less, in fp32.
         transformers: the models are transformers'; else litgpt's, where q, k and v are one product, keys and values are
             repeated for each query head, GELU is one operation in all its forms, and models have no dropout of their own.
         mask: bytes of an entry of a dropout's mask.
         flash: whether attention with dropout has a fused kernel, too.
+        casts: autocast.
     """
 
     element: int
     adapter: int
+    copy: int
+    stream: int
     summed: bool = True
+    fused: bool = False
     transformers: bool = True
     mask: int = 1
     flash: bool = True
+    casts: bool = False
 
     @property
     def converts(self) -> bool:
-        """An adapter computes in its own type; unless its products are our own it keeps a copy of its input in it, each its own."""
-        return self.adapter != self.element
+        """An adapter computes in another type; unless its products are our own it keeps a copy of its input in it, each its own."""
+        return self.adapter != self.element or self.stream != self.element
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,9 @@ class Walk:
         self.flows = {"x"} if flows else set[str]()
         self.ranks, self.e = dict(adapters.ranks), way.element
         self.linears = {linear.path: linear for linear in stack.linears}
+        known = way.fused and shape.model_type in FUSED and shape.activation == "silu" and shape.attention == "flash"
+        self.fuses = known and self.e == 4 and not (adapters.dropout or adapters.dora or adapters.slow or adapters.everything)
+        self.fuses_mlp = self.fuses and all(place != "mlp" for place, *_ in adapters.bottlenecks)  # those stand around the MLP
         self.forward_high = self.scores_high = 0.0  # bytes a token: kept so far and what a moment needs beside
 
     def run(self) -> bool:
@@ -173,37 +186,37 @@ class Walk:
         kind, trains = self.shape.norm, self.adapters.everything
         if x in self.flows or trains:
             self.flows.add(out)
-            converted = self.e != 4 and kind != "layer"
-            self.keep(f"{x} in fp32 for {out}" if converted else x, "norms", of, 4 if converted or self.e == 4 else self.e)
+            stream = self.way.stream if of == "h" else self.e
+            converted = stream != 4 and (kind != "layer" or self.way.casts)
+            self.keep(f"{x} in fp32 for {out}" if converted else x, "norms", of, 4 if converted else stream)
             if kind == "t5" and converted:
-                self.keep(x, "norms", of, self.e)
+                self.keep(x, "norms", of, stream)
             if trains and kind != "layer":
-                self.keep(f"{out} unscaled", "norms", of, 4 if kind == "gemma" else self.e)
+                self.keep(f"{out} unscaled", "norms", of, 4 if kind == "gemma" else stream)
         return out
 
-    def linear(self, x: str, linear: Linear, out: str, of: str) -> str:
-        """`of` is what the input's width is a multiple of."""
+    def linear(self, x: str, linear: Linear, out: str, of: str, times: int = 1) -> str:
+        """`of` is what the input's width is a multiple of; `times` is how often an adapter keeps its own copy of the input."""
         r = self.ranks.get(linear.path, 0)
         if x in self.flows or r or self.adapters.everything:
             self.flows.add(out)
         if self.adapters.everything:
             self.keep(x, "inputs of linears", of, self.e)
         if r:
-            self.adapted(x, linear, of, r)
+            self.adapted(x, linear, of, r, times)
         return out
 
-    def adapted(self, x: str, linear: Linear, of: str, r: int) -> None:
+    def adapted(self, x: str, linear: Linear, of: str, r: int, times: int) -> None:
         """x ↦ W x + s · B A x."""
         way, dropped = self.way, self.adapters.dropout > 0
-        size = way.adapter if way.converts else self.e
-        other = dropped or way.converts
+        size, other = (way.copy if way.converts else self.e), dropped or way.converts
         own = way.summed and not self.adapters.slow and not (self.adapters.dora and other)  # forward and backward of our own
-        if other and not own:
-            self.kept.add("adapters", of, size)
+        if (other and not own) or way.stream != self.e:
+            self.kept.add("adapters", of, size * times)
         else:
             self.keep(x, "adapters", of, self.e)
         if dropped and not own:
-            self.kept.add("adapters", of, way.mask if way.mask == 1 else size)
+            self.kept.add("adapters", of, times * (way.mask if way.mask == 1 else size))
         if own and not other and self.e == 4 and self.many:
             self.kept.fixed += 4 * linear.inputs * linear.outputs
         if not own:
@@ -212,6 +225,8 @@ class Walk:
             self.kept.add("adapters", "", size * linear.outputs)
         if not own:  # the base's output, the update, and the scaled update
             self.note_high((self.e + 2 * size) * linear.outputs)
+        elif way.converts:  # the output, and the update in both types
+            self.note_high(2 * self.e * linear.outputs + way.adapter * linear.outputs)
 
     def bottleneck(self, sublayer: str, x: str) -> str:
         """x ↦ x + s · U f(D h)."""
@@ -222,8 +237,8 @@ class Walk:
             if not self.way.converts:
                 self.keep(seen, "adapters", "h", self.e)
             else:
-                self.kept.add("adapters", "h", self.way.adapter)
-            self.kept.add("adapters", "", 2 * self.way.adapter * m)
+                self.kept.add("adapters", "h", self.way.copy)
+            self.kept.add("adapters", "", 2 * self.way.copy * m)
             self.flows.add(x)
         return x
 
@@ -242,10 +257,18 @@ class Walk:
             start = start.rsplit(".", 1)[0]
         inside = [linear for path, linear in self.linears.items() if path.startswith(start + ".")]
         *into, back = inside
+        if self.fuses and self.shape.model_type in FUSED_ATTENTION:
+            return self._fused_projections(x, start, into, back)
         names = []
+        several = 0
         for linear, name in zip(into, "qkv", strict=False):
             reads = x if name == "q" else memory
-            names.append(self.linear(reads, linear, f"{start} {name}", "h"))
+            times = 0 if several and not self.way.transformers else 1  # where they are one product, they share their input's copy
+            names.append(self.linear(reads, linear, f"{start} {name}", "h", times))
+            several += linear.path in self.ranks
+        if not self.way.transformers and several and (several < len(into) or self._alone(first)):
+            self.kept.add("adapters", "q", self.e)  # litgpt spreads the updates of q and v over all three, and keeps them for that
+            self.kept.add("adapters", "k", self.e)
         if len(into) == 1:
             names = [names[0]] * 3
         together = len(into) == 1 or not self.way.transformers
@@ -257,6 +280,33 @@ class Walk:
         else:
             out = f"{start} out"
         return self.linear(out, back, f"{start} projected", "q")
+
+    def _fused_projections(self, x: str, start: str, into: list[Linear], back: Linear) -> str:
+        """`RotatedQkv`: one product with one effective weight; q, k and v lie in its output."""
+        low_rank, out = sum(self.ranks.get(linear.path, 0) for linear in into), f"{start} out"
+        if x in self.flows or low_rank:
+            self.flows.add(out)
+            self.keep(x, "attention", "h", 4)
+            for of, count in (("q", 4), ("k", 8), ("", 8 * low_rank)):
+                self.kept.add("attention", of, count)
+            self.kept.fixed += 4 * self.shape.width * (sum(linear.outputs for linear in into) + low_rank)
+            self.keep(out, "attention", "q", 4)
+            self.kept.add("attention", "a", 4)
+        return self.linear(out, back, f"{start} projected", "q")
+
+    def _fused_mlp(self, x: str) -> str:
+        """`GatedMlp`: gate and up are kept, what comes of them is computed again."""
+        low_rank = sum(r for path, r in self.ranks.items() if self._is_mlp(path))
+        if x in self.flows or low_rank:
+            self.flows.add("mlp out")
+            self.keep(x, "MLP", "h", 4)
+            self.kept.add("MLP", "f", 8)
+            self.kept.add("MLP", "", 4 * low_rank)
+        return "mlp out"
+
+    def _alone(self, fused: str) -> bool:
+        """Only that product is adapted: in litgpt, by default, its queries and values."""
+        return self.shape.fused != "none" and set(self.ranks) == {fused}
 
     def _scores(self, start: str, names: list[str], *, together: bool) -> str:
         """softmax(q kᵀ) v, by a fused kernel, by PyTorch's own operations in fp32, or written out by the model."""
@@ -306,9 +356,12 @@ class Walk:
     def _mlp(self, x: str) -> str:
         if self.shape.experts != (1, 1):
             return self._experts(x)
+        if self.fuses_mlp:
+            return self._fused_mlp(x)
         inside = [linear for path, linear in self.linears.items() if self._is_mlp(path)]
         *into, back = inside
-        names = [self.linear(x, linear, f"mlp {i}", "h") for i, linear in enumerate(into)]
+        times = 2 if self.shape.fused == "qkv+gate" and not self.way.transformers else 1  # litgpt has gate and up apart
+        names = [self.linear(x, linear, f"mlp {i}", "h", times) for i, linear in enumerate(into)]
         activated = self._activation(names[0])
         if self.shape.gated:
             activated = self._product(activated, names[-1], fused=len(into) == 1)

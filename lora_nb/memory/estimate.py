@@ -40,6 +40,7 @@ def estimate(
     loss: Literal["chunked", "full"] | None = None,
     framework: Literal["lora_nb", "peft", "litgpt"] = "lora_nb",
     device: Literal["cuda", "cpu"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> Estimate:
     """Bytes that a training step, or generation, takes at its peak; no weights are needed, and no network for the shapes built in.
 
@@ -58,6 +59,8 @@ def estimate(
         loss: `"chunked"` (ours) or `"full"` (all logits at once); default: the framework's.
         framework: whose layers and loop: this package's, Hugging Face PEFT with transformers, or litgpt.
         device: `"cuda"` unless a model on a CPU is given.
+        precision: autocast of the forward, as in `TrainConfig`. Default: as there bf16 on a GPU and fp32 (none) on a CPU; none with
+            litgpt, which trains in the type of the weights.
 
     Raises:
         ConfigError: an unknown architecture, or a value that no step can have.
@@ -66,6 +69,8 @@ def estimate(
     """
     on = device or _device(model_or_id) or "cuda"
     shape = shape_of(model_or_id)
+    if framework == "litgpt":
+        shape = replace(shape, tied=False)
     setting = Setting(
         shape,
         config,
@@ -85,6 +90,7 @@ def estimate(
         _choice("loss", loss, ("chunked", "full"), "chunked" if framework == "lora_nb" else "full"),
         framework,
         on,
+        precision or ("bf16" if on == "cuda" and framework != "litgpt" and config is not None else "fp32"),
     )
     return report(setting)
 

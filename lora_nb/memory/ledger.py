@@ -15,6 +15,26 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+VALUE = torch.ops.aten._local_scalar_dense.default  # noqa: SLF001 - what `.item()` and `bool()` call
+
+
+class Blank(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it is entered, code that asks a tensor without content for a value hears 0, or False."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is VALUE and _is_blank(args[0]):
+            return torch.zeros((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+
 
 @dataclass
 class Entry:
@@ -28,26 +48,35 @@ class Entry:
     part: str = ""
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(Blank):
     """While it is entered, notes each new storage and its end; `phase` is set from outside, modules are followed by hooks on all.
 
     The hooks are global, as a module's own would change which path its layer takes.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.names = {id(m): name for name, m in model.named_modules()}
+        self.weights = {p.shape for p in model.parameters() if p.requires_grad and p.ndim > 1}
         self.entries: list[Entry] = []
         self.events: list[tuple[int, int]] = []  # index of the entry, bytes more or fewer
         self.phase, self.stack = "start", list[str]()
         self._there: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and self._joins_gradients(args):
+            out = args[0].add_(args[1])
+        else:
+            out = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.note(leaf)
         return out
+
+    def _joins_gradients(self, args: Any) -> bool:
+        """Autograd adds two gradients of a tied weight in the memory of the first, but not of tensors of another class, as these are."""
+        joined = self.phase == "backward" and not self.stack and all(isinstance(a, Tensor) for a in args)
+        return joined and args[0].shape == args[1].shape and args[0].shape in self.weights
 
     def note(self, tensor: Tensor, part: str = "") -> None:
         """Put a tensor's storage down, unless it is there."""

@@ -10,6 +10,7 @@ from lora_nb.memory.cards import AS_OF, CARDS, Card, card
 from lora_nb.render import format_bytes, html_table, text_table
 
 ROOM = 1.05  # what the allocator loses by fragments: 2 to 10 %, by pattern of sizes
+MOST = 8  # cards named in a report
 BESIDE = ("CUDA context",)  # of the card, but not of torch's allocator
 
 
@@ -92,7 +93,8 @@ class Estimate:
 
     def _fit(self) -> str:
         there = [c.name for c in self.cards()]
-        return f"fits on (table of {AS_OF}): {', '.join(there) if there else 'none of the cards known here'}"
+        more = f", … and {len(there) - MOST} larger" if len(there) > MOST else ""
+        return f"fits on (table of {AS_OF}): {', '.join(there[:MOST]) + more if there else 'none of the cards known here'}"
 
     def __repr__(self) -> str:
         rows = text_table(["part", "at the peak", "formula"], self._rows())

@@ -20,11 +20,17 @@ from lora_nb.targets import is_left_out, layer_number, named, parts_of, rank_and
 
 Config = LoraConfig | BottleneckConfig | Literal["full"] | None
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
-CHOICES = {"optimizer": OPTIMIZERS, "framework": ("lora_nb", "peft", "litgpt"), "device": ("cuda", "cpu")}
+CHOICES = {
+    "precision": ("fp32", "bf16", "fp16"),
+    "optimizer": OPTIMIZERS,
+    "framework": ("lora_nb", "peft", "litgpt"),
+    "device": ("cuda", "cpu"),
+}
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 DTYPES |= {"float16": torch.float16, "fp16": torch.float16}
 MOST = {"batch_size": 1 << 20, "seq_len": 1 << 24, "gradient_accumulation_steps": 1 << 20}
 FEW = 1024  # rows from which on the effective weight is formed, as in layers/lora_linear.py
+FUSED = 128  # tokens from which on blocks are fused, as in fusing.py
 OWN_LAYERS = ("falcon", "gpt2")  # linear layers of a class of their own, which the adapter calls instead of computing them itself
 NOT_COVERED = ("target_parameters", "modules_to_save", "trainable_token_indices")
 
@@ -51,6 +57,7 @@ class Setting:
     loss: str
     framework: str
     device: str
+    precision: str
     ranks: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,9 +90,20 @@ class Setting:
     @cached_property
     def way(self) -> Way:
         """How the framework writes its products."""
-        e, cuda = self.element, self.device == "cuda"
-        own, litgpt = self.framework == "lora_nb", self.framework == "litgpt"
-        return Way(e, e if litgpt else 4, summed=own, transformers=not litgpt, mask=1 if cuda else e, flash=cuda)
+        e, cuda, casts = self.element, self.device == "cuda", self.precision != "fp32"
+        product, adapter = (2 if casts else e), (e if self.framework == "litgpt" or self.everything else 4)
+        return Way(
+            product,
+            adapter,
+            2 if casts else adapter,
+            e,
+            summed=self.framework == "lora_nb",
+            fused=self.framework == "lora_nb" and self.tokens >= FUSED and not casts,
+            transformers=self.framework != "litgpt",
+            mask=1 if cuda else product,
+            flash=cuda,
+            casts=casts,
+        )
 
     @cached_property
     def sizes(self) -> dict[str, int]:

@@ -142,11 +142,15 @@ def _needs(s: Setting, walk: Walk, stack: Stack) -> int:
     e, f, h = s.element, s.shape.inner * s.shape.experts[1], s.shape.width
     last, kept = stack.linears[-1], walk.kept.per_token(s.sizes)
     adapted = walk.ranks.get(last.path, 0)
-    if adapted and s.way.converts:
-        mlp: float = e * h + s.way.adapter * f
+    own = s.way.summed and not walk.adapters.slow
+    if walk.fuses_mlp:
+        mlp: float = e * 2 * (h + f)
+    elif adapted and s.way.converts and not own:
+        mlp = e * h + s.way.adapter * f  # under autocast, too, the input's gradient is in the adapter's type for a moment
     elif adapted or walk.adapters.everything:  # its input and its effective weight are gone by the time of the second moment
         gone = 4 * last.inputs * last.outputs / s.tokens if walk.kept.fixed else 0
-        mlp = max(e * (h + f), e * (h + 2 * f) - gone)
+        whole = (2 * s.way.adapter + e) * f if adapted and s.way.converts and s.device == "cuda" else 0  # all rows at once on a GPU
+        mlp = max(e * (h + f) + whole, e * (h + 2 * f) - gone)
     else:
         mlp = e * (h + (3 if s.shape.gated else 2) * f)
     largest = max((linear.inputs * linear.outputs for linear in stack.linears), default=0) if s.quant is not None else 0
@@ -191,6 +195,8 @@ def _tail(s: Setting) -> int:
     """What the last norm keeps."""
     kind, e = s.shape.norm, s.element
     each = (e if kind == "layer" else 4) + (e if s.everything else 0)
+    if s.shape.head.path in s.ranks and s.framework == "litgpt":
+        each += e + s.way.mask
     return each * s.shape.width * s.tokens if s.shape.order != "post" else 0
 
 
@@ -213,14 +219,22 @@ def _activations_text(s: Setting, runs: list[Run], inputs: int) -> str:
 
 def loss_of(s: Setting) -> tuple[int, int, str]:
     """Bytes while the loss is computed, what of them is still there when the backward of the blocks starts, and the formula."""
-    vocabulary, e = s.shape.vocabulary, s.element
+    vocabulary = s.shape.vocabulary
     if s.loss == "full" and s.framework == "litgpt":
-        chunk = 2 * e * vocabulary * min(s.seq_len, LITGPT_CHUNK) * s.batch_size
-        text = f"{s.tokens:,} tokens × {vocabulary:,} × 2 × {e} B (logits and their logarithms) + the gradient of a chunk of {LITGPT_CHUNK}"
-        return 2 * e * vocabulary * s.tokens + chunk, e * vocabulary * s.tokens, text
+        return _litgpt_loss(s)
     if s.loss == "full":
         return 12 * vocabulary * s.tokens, 0, f"{s.tokens:,} tokens × {vocabulary:,} × 3 × 4 B: log-probabilities and two gradients in fp32"
     return _chunked(s)
+
+
+def _litgpt_loss(s: Setting) -> tuple[int, int, str]:
+    """All logits, which Fabric converts to fp32, and the logarithm of each; where the head trains, a gradient of all, too."""
+    logits, pieces = 4 * s.shape.vocabulary, 3 if s.everything else 2
+    capped = s.element * s.shape.vocabulary * s.tokens * s.shape.logit_cap
+    chunk = 0 if s.everything else 2 * logits * min(s.seq_len, LITGPT_CHUNK) * s.batch_size
+    text = f"{s.tokens:,} tokens × {s.shape.vocabulary:,} × {pieces} × 4 B: logits, their logarithms"
+    text += f" and the gradient of {LITGPT_CHUNK} tokens of each text" if chunk else " and their gradient"
+    return pieces * logits * s.tokens + chunk + capped, logits * s.tokens, text
 
 
 def _chunked(s: Setting) -> tuple[int, int, str]:
@@ -266,6 +280,7 @@ def assumptions(s: Setting) -> Iterator[str]:
     names = {"lora_nb": "this package's own", "peft": "Hugging Face PEFT's", "litgpt": "litgpt's"}
     yield f"{s.shape.name}: {s.shape.parameters:,} parameters, weights and activations in {str(s.dtype).removeprefix('torch.')}"
     if s.config is not None:
+        yield f"products in {s.precision} by autocast" if s.precision != "fp32" else "products in the type of the weights"
         yield f"{names[s.framework]} layers and loop; every text has {s.seq_len:,} tokens, all of them with a label"
         yield "gradients are freed after each step" if s.gradient_accumulation_steps == 1 else "gradients stay from forward to forward"
         if isinstance(s.config, LoraConfig | BottleneckConfig):
@@ -283,6 +298,8 @@ def assumptions(s: Setting) -> Iterator[str]:
             yield "weights of experts lie in one parameter, which is no linear layer: they are not quantized"
     if s.config is None and s.shape.causal:
         yield "the cache holds every token of every layer, also where a layer looks at a window only"
+    if s.framework == "litgpt" and s.shape.head.bias is False:
+        yield "litgpt keeps an output head of its own, also where the model ties it to the embedding"
     if s.optimizer.startswith("paged"):
         yield "paged state is counted whole; when the GPU is full, it moves to the CPU's memory"
     if s.device == "cuda":

@@ -20,8 +20,9 @@ from lora_nb.attach import attach
 from lora_nb.blocks import IGNORE
 from lora_nb.configs import BottleneckConfig, LoraConfig
 from lora_nb.errors import BaseModelError, ConfigError, TraceError, nearest
+from lora_nb.fusing import fused
 from lora_nb.memory.estimate import known_shapes
-from lora_nb.memory.ledger import Ledger, on_meta, without_values
+from lora_nb.memory.ledger import Blank, Ledger, on_meta, without_values
 from lora_nb.memory.report import Estimate
 from lora_nb.memory.setting import DTYPES, MOST
 from lora_nb.training.loss import PROBED, loss_sum
@@ -41,6 +42,7 @@ class Plan:
     optimizer: str
     accumulate: int
     checkpoint: bool
+    fuse: bool
 
 
 def trace_memory(
@@ -68,7 +70,8 @@ def trace_memory(
         batch_size, seq_len: texts in one forward, and tokens of each.
         dtype: of the weights. Default: the model's own, else float32.
         precision: autocast of the forward, as in `TrainConfig`.
-        loss: `"chunked"`, the package's own for models that have an output head on a backbone, or `"full"`, the model's own.
+        loss: `"chunked"`, the package's own loop (also its fused blocks), for models that have an output head on a backbone; or
+            `"full"`, the model's own code and no other.
         inputs: what the model is called with, by name, instead of token ids: for models that are no language models. The
             loss is then the model's own, or the sum of what it gives.
 
@@ -80,7 +83,8 @@ def trace_memory(
     _check(batch_size, seq_len, gradient_accumulation_steps, optimizer, loss, precision)
     model = _skeleton(model_or_id, dtype)
     if isinstance(config, LoraConfig | BottleneckConfig):
-        attach(model, config)
+        with Blank():
+            attach(model, config)
     elif config in {"full", None}:
         model.requires_grad_(requires_grad=config == "full")
     elif config != "attached":
@@ -88,7 +92,7 @@ def trace_memory(
     model = _fake(model)
     given = dict(inputs) if inputs is not None else _tokens(model, batch_size, seq_len)
     forward = _forward(model, given, precision, chunked=loss == "chunked" and inputs is None)
-    plan = Plan(model, forward, optimizer, gradient_accumulation_steps, gradient_checkpointing)
+    plan = Plan(model, forward, optimizer, gradient_accumulation_steps, gradient_checkpointing, loss == "chunked")
     with torch.random.fork_rng(), _explained(model):  # dropout on real tensors draws
         ledger, start = _generate(model, given) if config is None else _train(plan)
     what = f"{_name(model_or_id, model)}, {_method(config)}, {_sizes(given)}"
@@ -243,7 +247,8 @@ def _train(plan: Plan) -> tuple[Ledger, int]:
     if not trained:
         raise ConfigError("Nothing in the model trains: give trace_memory a config, or a model with adapters and config='attached'.")
     start = 0
-    with checkpointing(model, wanted=plan.checkpoint), ledger.following(), ledger:
+    blocks = fused(model) if plan.fuse else nullcontext()
+    with checkpointing(model, wanted=plan.checkpoint), blocks, ledger.following(), ledger:
         _note_weights(ledger, model)
         made = torch.optim.AdamW(trained, lr=1e-3, fused=True) if plan.optimizer == "adamw" else torch.optim.SGD(trained, lr=1e-3)
         for turn in range(2):
@@ -298,18 +303,22 @@ def _generate(model: Any, given: dict[str, Tensor]) -> tuple[Ledger, int]:
         more = {"use_cache": True, "logits_to_keep": 1} if type(model).__name__.endswith("ForCausalLM") else {}
         out = model(**given, **more)
         cache = getattr(out, "past_key_values", None)
+        _note_cache(ledger, cache)
         if more and cache is not None:
-            logits = out.logits
             del out
             ledger.phase = "next token"
-            again = model(given["input_ids"][:, :1], past_key_values=cache, use_cache=True)
-            del again, logits
+            out = model(given["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+            _note_cache(ledger, cache)
         for entry in ledger.entries:
             entry.part = entry.part or "workspace"
-        for layer in getattr(cache, "layers", ()):
-            for tensor in (layer.keys, layer.values):
-                ledger.call(tensor, "KV cache")
     return ledger, start
+
+
+def _note_cache(ledger: Ledger, cache: Any) -> None:
+    for layer in getattr(cache, "layers", ()):
+        for tensor in (layer.keys, layer.values):
+            if isinstance(tensor, Tensor):
+                ledger.call(tensor, "KV cache")
 
 
 # What comes of it
@@ -342,6 +351,7 @@ def _thinned(course: list[tuple[str, dict[str, int]]]) -> Iterator[tuple[str, di
 def _assumptions(precision: str, config: Config) -> tuple[str, ...]:
     said = [
         "the model's own code, run on tensors without content, as on a CPU: a GPU's kernels may keep less for dropout and attention",
+        "code that asks for a value of a tensor hears 0, or False",
         "the memory inside of a kernel is not seen, nor what the allocator loses by fragments, nor a CUDA context",
     ]
     if config is not None:
