@@ -48,7 +48,7 @@ class Entry:
     part: str = ""
 
 
-class Ledger(Blank):
+class Ledger(Blank):  # type: ignore[no-untyped-call]
     """While it is entered, notes each new storage and its end; `phase` is set from outside, modules are followed by hooks on all.
 
     The hooks are global, as a module's own would change which path its layer takes.
