@@ -21,6 +21,7 @@ from lora_nb.render import format_bytes
 
 CPU_CHUNK, GPU_CHUNK = 2**23, 2**26  # logits at once, as in training/loss.py
 CONTEXT = 512 * 2**20  # of a CUDA process; 0.4 to 0.7 GB by card and driver
+PART = 256  # rows of a backward pass of our own at a time on a CPU, as in layers/lora_linear.py
 LITGPT_CHUNK = 128  # tokens of each text in one of litgpt's losses
 
 Moment = dict[str, int]
@@ -144,7 +145,8 @@ def _needs(s: Setting, walk: Walk, stack: Stack) -> int:
     adapted = walk.ranks.get(last.path, 0)
     own = s.way.summed and not walk.adapters.slow
     if walk.fuses_mlp:
-        mlp: float = e * 2 * (h + f)
+        part = min(1.0, PART / s.tokens) if s.device == "cpu" else 1.0  # of the rows at a time
+        mlp: float = max(e * (h + 2 * f) + 2 * e * f * part, e * 2 * (h + f))
     elif adapted and s.way.converts and not own:
         mlp = e * h + s.way.adapter * f  # under autocast, too, the input's gradient is in the adapter's type for a moment
     elif adapted or walk.adapters.everything:  # its input and its effective weight are gone by the time of the second moment
