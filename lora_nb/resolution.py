@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_nb.configs import LoraConfig
 from lora_nb.errors import TargetError, nearest
 from lora_nb.layers.adapted import Part
+from lora_nb.layers.linear4bit import is_quantized
 from lora_nb.layers.special import ParameterWeights, TokenWeights
 from lora_nb.targets import (
     HEADS,
@@ -104,6 +105,9 @@ def _saved(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module
         chosen |= {p: m for p, m in modules.items() if any(p == top or p.startswith(top + ".") for top in tops)}
     if config.ensure_weight_tying:
         chosen |= _partners(modules, chosen)
+    few_bits = next((p for p, m in chosen.items() if is_quantized(m)), None)
+    if few_bits is not None:
+        raise TargetError(f"modules_to_save means {few_bits!r}, which is kept in few bits and cannot train whole: name it in skip_modules.")
     found = [_whole(p, m, _own(m), "whole") for p, m in modules.items() if p in chosen and _own(m)]
     return _tied(found) if config.ensure_weight_tying else found
 

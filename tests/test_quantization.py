@@ -414,3 +414,10 @@ class TestMerging:
             warnings.simplefilter("ignore")
             report = ln.merge(model, into="requantized", sample=torch.randn(2, 1024))
         assert report.survived["0"] == pytest.approx(left, abs=0.01)
+
+
+def test_a_quantized_layer_cannot_be_saved_whole() -> None:
+    model, _ = ln.load("tiny", quant="nf4")
+    with pytest.raises(ln.errors.TargetError, match=r"q_proj'.*few bits.*skip_modules"):
+        ln.attach(model, ln.LoraConfig(r=2, lora_alpha=6, target_modules=["v_proj"], modules_to_save=["q_proj"]))
+    assert not ln.attach(model, ln.LoraConfig(r=2, lora_alpha=6, target_modules=["v_proj"], modules_to_save=["norm"])).notes

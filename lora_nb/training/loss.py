@@ -12,9 +12,11 @@ pass is ∂L/∂x, no larger than x. Tokens without a label cost nothing. (Liger
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_nb.blocks import IGNORE
+
+Called = TypeVar("Called", bound=Callable[..., Any])
 
 # Logits at once. On a CPU 32 MiB of fp32, by measurement: with less, W is read too often; with more, all is done outside of the
 # caches. A GPU needs some hundred rows to be busy, with any vocabulary.
@@ -83,6 +87,18 @@ def token_losses(
     return F.cross_entropy(logits, goals, reduction="none"), logits, goals
 
 
+def _uncompiled(function: Called) -> Called:
+    """`torch.compiler.disable` when it is called: the decorator imports the compiler, a second that most programs have no use for."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        return torch.compiler.disable(function)(*args)
+
+    return cast("Called", call)
+
+
 @dataclass(frozen=True)
 class Head:
     """An output head as most architectures have it: x ↦ z = cap · tanh(scale · layer(x) / cap), or scale · layer(x) without a cap."""
@@ -110,7 +126,7 @@ class Head:
     def vocabulary(self) -> int:
         return int(self.layer.out_features)  # type: ignore[arg-type]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator] # each number of labels would be compiled anew
+    @_uncompiled  # each number of labels would be compiled anew
     def loss_sum(self, hidden: Tensor, goals: Tensor) -> Tensor:
         """Σ loss over (n, width) hidden states and (n,) labels."""
         if _is_plain(self.layer):
@@ -241,7 +257,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not _is_hooked(layer)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_uncompiled
 @torch.no_grad()
 def _agrees(model: Any, head: Head, input_ids: Tensor) -> bool:
     """Do backbone and head give the model's own logits? Tried on outputs of up to ±100, so that a cap or its absence shows."""
