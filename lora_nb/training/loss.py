@@ -94,7 +94,7 @@ def _uncompiled(function: Called) -> Called:
     def call(*args: Any) -> Any:
         if "torch._dynamo" not in sys.modules:
             return function(*args)
-        return torch.compiler.disable(function)(*args)
+        return torch.compiler.disable(function)(*args)  # type: ignore[no-untyped-call]
 
     return cast("Called", call)
 
