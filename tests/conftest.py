@@ -5,10 +5,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, so it comes before everything else
 
 import shutil
+import signal
 
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in whatever a shell starts in the background; tests interrupt themselves
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 

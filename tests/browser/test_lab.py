@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,32 +42,27 @@ def lab(tmp_path: Path) -> Iterator[str]:
         server.terminate()
 
 
-def test_first_notebook_runs_from_top_to_bottom(lab: str, chromium: str, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=flags)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(lab)
-        page.wait_for_selector(IDLE, timeout=2 * MINUTE)
-        page.click(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook")
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        cells = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell")
-        last = page.get_by_text("PEFT agrees to 1e-5: True")
-        last.wait_for(timeout=8 * MINUTE)
-        page.wait_for_selector(IDLE, timeout=MINUTE)
-        errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback")
-        assert errors.count() == 0
-        assert cells.count() > 0
-        # What a reader looks at: the sentences. The panel is named, as the table of contents has a notebook's words, too.
-        outputs = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea")
-        outputs.filter(has_text="word for word").first.scroll_into_view_if_needed()
-        news = page.get_by_role("button", name="No", exact=True)  # JupyterLab asks whether to fetch its news
-        if news.count():
-            news.first.click()
-        picture = Path(os.environ.get("LORA_NB_SCREENSHOT", tmp_path / "lab.png"))
-        page.screenshot(path=picture)
-        browser.close()
+def test_first_notebook_runs_from_top_to_bottom(lab: str, browser: Any, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(lab)
+    page.wait_for_selector(IDLE, timeout=2 * MINUTE)
+    page.click(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    cells = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell")
+    last = page.get_by_text("PEFT agrees to 1e-5: True")
+    last.wait_for(timeout=8 * MINUTE)
+    page.wait_for_selector(IDLE, timeout=MINUTE)
+    errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback")
+    assert errors.count() == 0
+    assert cells.count() > 0
+    # What a reader looks at: the sentences. The panel is named, as the table of contents has a notebook's words, too.
+    outputs = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-OutputArea")
+    outputs.filter(has_text="word for word").first.scroll_into_view_if_needed()
+    news = page.get_by_role("button", name="No", exact=True)  # JupyterLab asks whether to fetch its news
+    if news.count():
+        news.first.click()
+    picture = Path(os.environ.get("LORA_NB_SCREENSHOT", tmp_path / "lab.png"))
+    page.screenshot(path=picture)
+    page.close()
     assert picture.stat().st_size > 20_000  # a blank page is smaller
