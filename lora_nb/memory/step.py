@@ -144,15 +144,16 @@ def _needs(s: Setting, walk: Walk, stack: Stack) -> int:
     last, kept = stack.linears[-1], walk.kept.per_token(s.sizes)
     adapted = walk.ranks.get(last.path, 0)
     own = s.way.summed and not walk.adapters.slow
+    part = min(1.0, PART / s.tokens) if s.device == "cpu" else 1.0  # of the rows at a time
     if walk.fuses_mlp:
-        part = min(1.0, PART / s.tokens) if s.device == "cpu" else 1.0  # of the rows at a time
         mlp: float = max(e * (h + 2 * f) + 2 * e * f * part, e * 2 * (h + f))
     elif adapted and s.way.converts and not own:
         mlp = e * h + s.way.adapter * f  # under autocast, too, the input's gradient is in the adapter's type for a moment
     elif adapted or walk.adapters.everything:  # its input and its effective weight are gone by the time of the second moment
         gone = 4 * last.inputs * last.outputs / s.tokens if walk.kept.fixed else 0
-        whole = (2 * s.way.adapter + e) * f if adapted and s.way.converts and s.device == "cuda" else 0  # all rows at once on a GPU
-        mlp = max(e * (h + f) + whole, e * (h + 2 * f) - gone)
+        # `Update` of layers/lora_linear.py: x and g in the adapter's type, what it adds to ∂L/∂x in that and in x's.
+        update = (s.way.adapter * (last.outputs + 2 * last.inputs) + e * last.inputs) * part if adapted and s.way.converts else 0
+        mlp = max(e * (h + f) + update, e * (h + 2 * f) - gone)
     else:
         mlp = e * (h + (3 if s.shape.gated else 2) * f)
     largest = max((linear.inputs * linear.outputs for linear in stack.linears), default=0) if s.quant is not None else 0
