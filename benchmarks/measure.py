@@ -6,15 +6,34 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lora_nb.timing import Times, interleaved
 
-__all__ = ["RESULTS", "Times", "interleaved", "machine", "write"]
+__all__ = ["RESULTS", "Line", "Times", "interleaved", "machine", "write"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: what was measured, the target, and what else there is to say."""
+
+    measure: str
+    threads: int | None
+    value: float | None
+    target: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> str:
+        if self.value is None or not self.target:
+            return ""
+        sign, bound = self.target.split()
+        return "yes" if (self.value <= float(bound) if sign == "≤" else self.value >= float(bound)) else "no"
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pathlib import Path
 import peft
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, interleaved, machine
+from measure import RESULTS, Line, interleaved, machine
 from torch import Tensor, nn
 
 import lora_nb as ln
@@ -38,24 +38,6 @@ from lora_nb.packed import KeyValues, Pass, Row, forward, sent
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
 WIDTH, R, ALPHA, TOKENS = 2048, 16, 24.0, 512
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of the table."""
-
-    measure: str
-    threads: int | None
-    value: float | None
-    target: str = ""
-    note: str = ""
-
-    @property
-    def met(self) -> str:
-        if self.value is None or not self.target:
-            return ""
-        sign, bound = self.target.split()
-        return "yes" if (self.value <= float(bound) if sign == "≤" else self.value >= float(bound)) else "no"
 
 
 @dataclass(frozen=True)

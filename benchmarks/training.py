@@ -25,30 +25,12 @@ import ladder
 import peft
 import torch
 from alone import alone, rise
-from measure import RESULTS, Times, interleaved, machine
+from measure import RESULTS, Line, Times, interleaved, machine
 from peers import Missing, adapted, floor_steps, llama, next_token, our_epoch, our_steps, peft_steps, sharing, trainer_epoch
 
 import lora_nb as ln
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what was measured, the target, and what else there is to say."""
-
-    measure: str
-    threads: int | None
-    value: float | None
-    target: str = ""
-    note: str = ""
-
-    @property
-    def met(self) -> str:
-        if self.value is None or not self.target:
-            return ""
-        sign, bound = self.target.split()
-        return "yes" if (self.value <= float(bound) if sign == "≤" else self.value >= float(bound)) else "no"
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Setting:
 # The sections of the table
 
 
-def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Setting, rounds: int) -> list[Row]:
+def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Setting, rounds: int) -> list[Line]:
     """Seconds of an optimizer step over PEFT's and over the floor's."""
     base, rows = llama(setting.shape(shape)), []
     ids = torch.randint(3, base.config.vocab_size, (tokens // 256, 256))
@@ -81,13 +63,13 @@ def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Settin
     return rows
 
 
-def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, *, more: str = "") -> Row:
+def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, *, more: str = "") -> Line:
     low, high = times.spread("lora_nb", peer)
     said = f"middle half {low:.3f} to {high:.3f}; {1000 * times.median('lora_nb'):.1f} ms"
-    return Row(measure, threads, times.ratio("lora_nb", peer), target, f"{said}; {more}" if more else said)
+    return Line(measure, threads, times.ratio("lora_nb", peer), target, f"{said}; {more}" if more else said)
 
 
-def tone(setting: Setting) -> list[Row]:
+def tone(setting: Setting) -> list[Line]:
     """Tokens a second of one epoch over short pairs, padding not counted, against transformers' Trainer at its defaults."""
     rows = []
     for pairs, target in ((32, "≥ 1.8"), (8, "≥ 1.55")):
@@ -102,20 +84,20 @@ def tone(setting: Setting) -> list[Row]:
             try:
                 epoch, how = our_epoch(ours, tokenizer, data, pairs, tokens / len(blocks))
             except Missing as gone:
-                rows.append(Row(title, threads, None, target, str(gone)))
+                rows.append(Line(title, threads, None, target, str(gone)))
                 continue
             variants = {"lora_nb": epoch, "PEFT": trainer_epoch(theirs, tokenizer, blocks, pairs)}
             times = interleaved(variants, rounds=setting.rounds(5), warm_up=1)
             speed = f"{tokens / times.median('lora_nb'):,.0f} and {tokens / times.median('PEFT'):,.0f} tokens/s"
-            rows.append(Row(title, threads, times.ratio("PEFT", "lora_nb"), target, f"{how}; {speed}"))
+            rows.append(Line(title, threads, times.ratio("PEFT", "lora_nb"), target, f"{how}; {speed}"))
     return rows
 
 
-def memory(setting: Setting) -> list[Row]:
+def memory(setting: Setting) -> list[Line]:
     """Growth over the step: 27M type with a vocabulary of 32,000, 2,048 tokens, each in a process of its own."""
     ours, theirs = (alone(growth, peer, setting.shape("27M, 32k"), 8, 256, "cpu")[0] for peer in ("lora_nb", "PEFT"))
     note = f"{ours / 2**20:.0f} and {theirs / 2**20:.0f} MiB"
-    return [Row("growth of memory over the step, 27M type, 32k vocabulary, 2,048 tokens / PEFT", 1, ours / theirs, "≤ 0.6", note)]
+    return [Line("growth of memory over the step, 27M type, 32k vocabulary, 2,048 tokens / PEFT", 1, ours / theirs, "≤ 0.6", note)]
 
 
 def growth(peer: str, shape: str, batch: int, length: int, device: str) -> tuple[int, int]:
@@ -129,7 +111,7 @@ def growth(peer: str, shape: str, batch: int, length: int, device: str) -> tuple
     return rise(lambda: (step(), step()), device)
 
 
-def decode(setting: Setting) -> list[Row]:
+def decode(setting: Setting) -> list[Line]:
     """One token after a prompt of 32, unmerged r=8, over the base."""
     rows = []
     for shape, target in (("124M", "≤ 1.06"), ("5.8M", "≤ 1.12")):
@@ -146,12 +128,12 @@ def decode(setting: Setting) -> list[Row]:
     return rows
 
 
-def cuda(setting: Setting) -> list[Row]:
+def cuda(setting: Setting) -> list[Line]:
     """Llama-3.2-1B's shape in bf16, 4 × 1,024 tokens: time side by side, peak memory each alone."""
     title = "CUDA, Llama-3.2-1B shape, bf16, 4 × 1,024 tokens"
     if not torch.cuda.is_available():
         return [
-            Row(f"{title}: {what} / PEFT", None, None, target, "not measured: no GPU")
+            Line(f"{title}: {what} / PEFT", None, None, target, "not measured: no GPU")
             for what, target in (("time", "≤ 0.75"), ("peak", "≤ 0.6"))
         ]
     base, length = llama(setting.shape("1B"), "cuda"), 64 if setting.quick else 1024
@@ -163,22 +145,22 @@ def cuda(setting: Setting) -> list[Row]:
     note = f"{mine / 2**30:.2f} and {other / 2**30:.2f} GiB, on {torch.cuda.get_device_name()}"
     return [
         compared(f"{title}: time / PEFT", times, "PEFT", None, "≤ 0.75"),
-        Row(f"{title}: peak / PEFT", None, mine / other, "≤ 0.6", note),
+        Line(f"{title}: peak / PEFT", None, mine / other, "≤ 0.6", note),
     ]
 
 
-def climb(setting: Setting) -> list[Row]:
+def climb(setting: Setting) -> list[Line]:
     """The ladder: tokens a second, growth and peak of memory at each rung."""
     rows = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for rung in ladder.RUNGS:
             found = alone(ladder.measured, rung, device, setting.quick, setting.threads[-1])
             note = found.missing or f"growth {found.growth / 2**20:,.0f} MiB, peak {found.peak / 2**20:,.0f} MiB; loss {found.loss:.3f}"
-            rows.append(Row(f"ladder, {device}: {rung}, tokens/s", setting.threads[-1], found.tokens_per_second, "", note))
+            rows.append(Line(f"ladder, {device}: {rung}, tokens/s", setting.threads[-1], found.tokens_per_second, "", note))
     return rows
 
 
-SECTIONS: dict[str, Callable[[Setting], list[Row]]] = {
+SECTIONS: dict[str, Callable[[Setting], list[Line]]] = {
     "step-27M": lambda s: step_time("27M", 1024, ("≤ 0.82", "≤ 1.05"), s, 12),
     "step-5.8M": lambda s: step_time("5.8M", 2048, ("≤ 0.83", "≤ 1.12"), s, 16),
     "tone": tone,
@@ -189,7 +171,7 @@ SECTIONS: dict[str, Callable[[Setting], list[Row]]] = {
 }
 
 
-def line(row: Row) -> str:
+def line(row: Line) -> str:
     value = "" if row.value is None else f"{row.value:,.0f}" if row.value >= 10 else f"{row.value:.3f}"
     return "| " + " | ".join((row.measure, str(row.threads or ""), value, row.target, row.met, row.note)) + " |"
 

@@ -46,7 +46,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, tmp in staged.items():
             tmp.replace(folder / name)
             renamed += 1
-        _sync_folder(folder)
+        sync_folder(folder)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         before = "Some of the files there are new and some old: save again" if renamed else "What stood there before is untouched"
         raise AdapterFileError(
@@ -68,7 +68,7 @@ def _stage(tmp: Path, data: bytes) -> None:
         raise OSError("a file read back is not what was written")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Let the renaming survive a power cut; all is written by now, so a file system that cannot do this is no error."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

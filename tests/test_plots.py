@@ -3,9 +3,13 @@
 import pytest
 
 from lora_nb import plots
+from lora_nb.configs import LoraConfig
 from lora_nb.latency import LatencySweep, LatencyTable
+from lora_nb.memory.estimate import estimate
 from lora_nb.rank.choice import Score
 from lora_nb.rank.report import RankReport
+
+LORA = LoraConfig(r=4, lora_alpha=12)
 
 
 def table(batch: int = 1, length: int = 64) -> LatencyTable:
@@ -66,3 +70,21 @@ def test_ranks_lie_by_layer_and_kind() -> None:
 def test_they_are_drawn(figure, tmp_path) -> None:
     figure.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_memory_is_stacked_to_its_total_with_a_line_for_each_card() -> None:
+    made = {"4 bits": estimate("gpt2", LORA, quant="nf4"), "16 bits": estimate("gpt2", LORA)}
+    figure = plots.memory_bars(made, ["T4"])
+    ends = [max(p.get_x() + p.get_width() for p in figure.axes[0].patches if round(p.get_y() + 0.4) == i) for i in range(2)]
+    assert ends == pytest.approx([e.total / 2**30 for e in made.values()])
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [15360 / 1024]
+    assert "T4" in words(figure)
+    assert "4 bits" in words(figure)
+
+
+def test_the_course_of_memory_is_as_high_as_its_peak_and_names_the_moments() -> None:
+    found = estimate("gpt2", LORA)
+    figure = plots.memory_course(found)
+    top = max(point[1] for area in figure.axes[0].collections for path in area.get_paths() for point in path.vertices)
+    assert top == pytest.approx(found.total / 2**30)
+    assert "optimizer" in words(figure)

@@ -87,11 +87,6 @@ class _Help(argparse.Action):
         raise HelpAsked(parser.format_help())
 
 
-class _Version(argparse.Action):
-    def __call__(self, *_: object) -> typing.NoReturn:
-        raise HelpAsked(f"lora-nb {__version__}\n")
-
-
 def overview(verbs: Sequence[Verb], prog: str) -> str:
     """All verbs with their first lines."""
     width = max(len(v.__name__) for v in verbs)

@@ -23,7 +23,7 @@ from IPython.display import display
 from torch import nn
 
 from lora_nb.commands import NOTEBOOK, Session
-from lora_nb.commands.options import HelpAsked, Verb, complete, options, parse
+from lora_nb.commands.options import HelpAsked, Verb, complete, parse
 from lora_nb.datasets import Pair
 from lora_nb.errors import ConfigError, LoraNbError
 from lora_nb.jupyter.panel import Panel
@@ -180,4 +180,4 @@ def _completions(words: Iterable[str]) -> list[SimpleCompletion]:
     return [SimpleCompletion(text=shlex.quote(w) if " " in w else w, type="option") for w in words]
 
 
-__all__ = ["VERBS", "LoraMagics", "examples", "matcher", "options", "prompts"]
+__all__ = ["VERBS", "LoraMagics", "examples", "matcher", "prompts"]

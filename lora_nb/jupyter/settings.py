@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,8 +161,3 @@ def linear_groups(model: nn.Module) -> dict[str, tuple[int, str]]:
 def _shapes(modules: Sequence[nn.Module]) -> str:
     shapes = sorted({(int(m.out_features), int(m.in_features)) for m in modules})  # type: ignore[arg-type]
     return ", ".join(f"{out} × {inner}" for out, inner in shapes[:2]) + (" …" if len(shapes) > 2 else "")
-
-
-def changed(settings: Settings, **values: Any) -> Settings:
-    """The same with other values."""
-    return dataclasses.replace(settings, **values)

@@ -42,7 +42,7 @@ class Movement:
     def __init__(self, model: nn.Module, run: Run) -> None:
         fresh = run.steps == 0
         self.params = {name: p for name, p in named_trainable(model).items() if "lora_B" in name and fresh}
-        self.before, self.taken, self.reached = self._sums(), 0, set[str]()
+        self.before, self.taken = self._sums(), 0
 
     def _sums(self) -> list[float]:
         # Two numbers a matrix instead of a copy: the sum alone could stay by chance.

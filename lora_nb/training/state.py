@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lora_nb.adapter_files import digest
+from lora_nb.adapter_files import digest, sync_folder
 from lora_nb.attach import adapters
 from lora_nb.bases import fingerprint
 from lora_nb.blocks import Block
@@ -100,7 +100,7 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, 
             file.flush()
             os.fsync(file.fileno())
         made.replace(goal)
-        _sync(folder)
+        sync_folder(folder)
         for old in _checkpoints(folder)[KEPT:]:
             old.unlink()
         for left in folder.glob(".step-*.tmp"):  # of a run that was killed while writing
@@ -112,16 +112,6 @@ def write(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, 
             f"The checkpoint of step {step} cannot be written in {str(folder)!r}: {error.strerror or error}. Those before it are whole. "
             "Make room there, or choose another checkpoint_dir."
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    """Let the renaming survive a power cut, on systems where a folder can be synced."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
