@@ -91,7 +91,8 @@ class LossChart(Chart):
 
     def add_held_out(self, step: int, loss: float) -> None:
         """A held-out loss after a step."""
-        self.held_out = [*(point for point in self.held_out if point[0] != step), [step, _known(loss)]]
+        points = {**dict(self.held_out), step: _known(loss)}
+        self.held_out = [[at, points[at]] for at in sorted(points)]  # a resumed run says its first ones again
 
     def flush(self) -> None:
         """Send what waits."""

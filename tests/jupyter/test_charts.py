@@ -50,7 +50,7 @@ def test_loss_chart_of_a_run():
     assert floats(chart) == [2.0, 1.5]
     assert chart.held_out == [[2, 1.75], [3, None]]
     chart.add_held_out(2, 1.25)
-    assert chart.held_out == [[3, None], [2, 1.25]]
+    assert chart.held_out == [[2, 1.25], [3, None]]
     assert "1.25" in repr(chart)
 
 
@@ -128,3 +128,10 @@ def test_one_module_without_imports_reaches_the_browser(chart):
     assert "http" not in esm.replace("http://www.w3.org/", "")
     assert esm.count("export ") == 1
     assert len(esm) + len(str(chart._css)) < 20_000  # each saved widget carries it
+
+
+def test_held_out_points_are_in_order_and_once_however_they_come() -> None:
+    chart = LossChart()
+    for step, loss in ((0, 3.5), (4, 3.0), (0, 3.5), (4, 2.5), (60, 2.0), (30, float("nan"))):
+        chart.add_held_out(step, loss)
+    assert chart.held_out == [[0, 3.5], [4, 2.5], [30, None], [60, 2.0]]
