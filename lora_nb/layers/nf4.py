@@ -15,7 +15,6 @@ Two weights share a byte, the first in its high half. Bytes, rounding and names 
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from math import gcd
 
 import torch
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_nb.errors import QuantizationError
+from lora_nb.layers.kernels import kernel
 from lora_nb.layers.quantized import LEVELS, NESTED_BLOCK, QuantizedTensor, dynamic_map
 from lora_nb.layers.recycled import empty
 
@@ -257,9 +257,6 @@ def _table(quant_type: str, n: int) -> Tensor:
 
 
 def _elsewhere(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """On a GPU in one kernel, where Triton is there; else, and for what torch.compile makes of it, in the textbook's words."""
-    if quantized.packed.device.type == "cuda" and not torch.compiler.is_compiling() and find_spec("triton") is not None:
-        from lora_nb.layers.nf4_triton import dequantize_triton
-
-        return dequantize_triton(quantized, dtype)
-    return dequantize_textbook(quantized, dtype)
+    """On a GPU in one kernel, where that works; else, and for what torch.compile makes of it, in the textbook's words."""
+    fast = kernel("nf4_triton", quantized.packed.device)
+    return dequantize_textbook(quantized, dtype) if fast is None else fast.dequantize_triton(quantized, dtype)

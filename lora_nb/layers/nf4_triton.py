@@ -6,7 +6,7 @@ bytes and does all of it in registers:
     scale = nested_code[absmax[block]] · nested_absmax[block / 256] + offset
     out[2i] = levels[byte_i >> 4] · scale,    out[2i + 1] = levels[byte_i & 15] · scale
 
-A block has an even number of weights, so both halves of a byte have one scale.
+A block has an even number of weights, so both halves of a byte have one scale. The kernel's twin is `nf4.dequantize_textbook`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_nb.layers.nf4 import dequantize_textbook, quantize
 from lora_nb.layers.quantized import LEVELS, QuantizedTensor
 
 BYTES = 1024  # of the packed weight, for one program
@@ -82,3 +83,15 @@ def levels_on(quant_type: str, device: torch.device) -> Tensor:
     if (quant_type, device) not in _LEVELS:
         _LEVELS[quant_type, device] = LEVELS[quant_type].to(device)
     return _LEVELS[quant_type, device]
+
+
+def agrees(device: torch.device) -> bool:
+    """With the twin, to the bit: both sorts of levels and of scales, a last block and a last byte that are not full."""
+    dtypes = (torch.float32, torch.float16) if device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16)  # the
+    # interpreter, not a GPU, cuts digits off where a bfloat16 should be rounded
+    for double in (False, True):
+        for kind in ("nf4", "fp4"):
+            q = quantize(torch.randn(33, 65, device=device), 64, double, quant_type=kind)
+            if not all(torch.equal(dequantize_triton(q, t), dequantize_textbook(q, t)) for t in dtypes):
+                return False
+    return True

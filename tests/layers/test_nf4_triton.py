@@ -1,23 +1,18 @@
-"""The Triton kernel, run by Triton's interpreter on the CPU, gives the bits that `dequantize` gives.
-
-The interpreter is chosen before Triton is imported, so it has a process of its own. On a GPU the compiled kernel is asked, too.
-"""
+"""The Triton kernel gives the bits that `dequantize` gives, run by Triton's interpreter and, where there is one, on a GPU."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from lora_nb.layers.kernels import kernel
 from lora_nb.layers.nf4 import dequantize, quantize
+from tests.triton import interpreted
 
 CASES = """
 import torch
 from lora_nb.layers.nf4 import dequantize, quantize
-from lora_nb.layers.nf4_triton import dequantize_triton
+from lora_nb.layers.nf4_triton import agrees, dequantize_triton
 
 torch.manual_seed(0)
 count = 0
@@ -33,16 +28,13 @@ for shape in [(64,), (8, 96), (33, 65), (3, 5, 64), (70, 257)]:
                     assert ours.dtype == dtype and ours.shape == expected.shape
                     assert torch.equal(ours, expected), (shape, block, double, kind, dtype, (ours.float() - expected.float()).abs().max())
                     count += 1
+assert agrees(torch.device("cpu"))
 print(count)
 """
 
 
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="needs Triton, which comes with torch's CUDA builds: pip install triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", CASES], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) == 180
+    assert int(interpreted(CASES)) == 180
 
 
 @pytest.mark.gpu
@@ -51,5 +43,6 @@ def test_on_a_gpu() -> None:
     for shape in [(1152, 4304), (8, 96), (4096, 4096)]:
         for double in (False, True):
             q = quantize(torch.randn(shape), 64, double)
+            assert kernel("nf4_triton", q.to("cuda").packed.device) is not None
             for dtype in (torch.float32, torch.bfloat16):
                 assert torch.equal(dequantize(q.to("cuda"), dtype).cpu(), dequantize(q, dtype))
