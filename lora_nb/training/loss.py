@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_nb.blocks import IGNORE
+from lora_nb.layers.cross_entropy import loss_and_gradient
+from lora_nb.layers.kernels import kernel
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
@@ -155,13 +157,16 @@ class LinearLoss(torch.autograd.Function):
         device, total = hidden.device.type, torch.zeros((), dtype=torch.float32, device=hidden.device)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         W, b = weight.to(dtype), None if bias is None else bias.to(dtype)  # once, where autocast would convert W for each chunk
-        at = 0
+        at, fast = 0, kernel("cross_entropy_triton", hidden.device)
         with torch.autocast(device, enabled=False):
             for x, y in head.chunks(hidden.to(dtype), goals):
-                loss, g = _loss_and_gradient(F.linear(x, W, b).float(), y, head)
+                if fast is not None:
+                    loss, g = fast.loss_and_gradient(F.linear(x, W, b), y, head.scale, head.cap)
+                else:
+                    loss, g = loss_and_gradient(F.linear(x, W, b).float(), y, head.scale, head.cap)
                 total += loss
                 if db is not None:
-                    db += g.sum(0)
+                    db += g.sum(0, dtype=torch.float32)
                 g = g.to(dtype)
                 if dx is not None:
                     dx[at : at + len(x)] = g @ W
@@ -175,29 +180,6 @@ class LinearLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors), None, None
-
-
-def _loss_and_gradient(z: Tensor, goals: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """From the layer's output z (n, vocabulary), fp32: Σ loss, and ∂loss/∂z in z's own memory.
-
-    The maximum of a row is taken off before the exponential, so nothing overflows: log Σ exp z = m + log Σ exp(z − m).
-    """
-    slope: Tensor | float = head.scale
-    if head.cap is not None:
-        z = z.mul_(head.scale / head.cap).tanh_()
-        slope = (1 - z * z) * head.scale  # of cap · tanh(scale · z / cap)
-        z *= head.cap
-    elif head.scale != 1:
-        z *= head.scale
-    at = (torch.arange(len(z), device=z.device), goals)
-    aimed, top = z[at], z.amax(-1, keepdim=True)
-    p = z.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)
-    p /= total
-    p[at] -= 1
-    if head.cap is not None or head.scale != 1:
-        p *= slope
-    return (top[:, 0] + total[:, 0].log() - aimed).sum(), p
 
 
 def _last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
