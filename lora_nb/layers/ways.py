@@ -7,7 +7,8 @@ With n tokens, G adapters and the largest rank r:
     gathered  each token takes its own copy of A_a and B_a: n · r · (in + out) numbers, so it is for a few tokens only
 
 `choose` takes the one that costs least. The others form no more than n · (G·r + in + out) numbers, G·r being small where "masked"
-is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have the last two as GPU kernels of their own.
+is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have the last two as GPU kernels of their own; here the last has one,
+`mixed_triton.py`, which copies nothing, for batches that are generated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_nb.layers.grouped import Spans, grouped
+from lora_nb.layers.kernels import kernel
 
 DECODE = 128  # tokens of a batch up to which each may take copies of its A and B
 
@@ -79,6 +81,9 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_p
         b: (G, r, out), scaled.
         in_place: y may be written to.
     """
+    fast = kernel("mixed_triton", x.device) if in_place and len(x) <= DECODE else None
+    if fast is not None and fast.fits(y, a, b):
+        return fast.add_low_rank(y, x, a, b, plan.whose)  # type: ignore[no-any-return]
     way = WAYS[choose(len(x), len(plan.order), a.shape, b.shape[2], in_order=plan.start is not None, itemsize=a.element_size())]
     return way(y, x, a, b, plan, in_place)
 
