@@ -17,7 +17,7 @@ With many rows it is cheaper still to form V = W + s · B A once, r rows' worth 
     y = x Vᵀ + b,    ∂L/∂x = g V
 
 That keeps one copy of the weight until the backward pass, so it is done in 32 bits only, where V holds an update without
-rounding it away, and only where the rows outweigh the copy.
+rounding it away, and only where the rows outweigh the copy. In 16 bits on a GPU `lora_gpu.py` has another form of it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lora_nb.layers.lora_gpu import LoraProduct16, suits
 
 MANY = 1024  # rows from which on V pays
 ROWS = 256  # of the backward pass at a time: what A's gradient has read is still in a CPU's cache for B's
@@ -132,7 +134,10 @@ def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, low_rank: tuple[Tenso
             return lora_linear(x, w, bias, (a, b, s), dropout)
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
-        y: Tensor = LoraProduct.apply(rows, w, bias, a, b, s, dropout)  # type: ignore[no-untyped-call]
+        if suits(rows, w, a, dropout):
+            y: Tensor = LoraProduct16.apply(rows, w, bias, a, b, s)  # type: ignore[no-untyped-call]
+        else:
+            y = LoraProduct.apply(rows, w, bias, a, b, s, dropout)  # type: ignore[no-untyped-call]
     else:
         y = F.linear(rows, w, bias).addmm_(torch.mm(rows, a.T), b.T, alpha=s)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
