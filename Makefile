@@ -25,7 +25,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test: lint ## everything that CI runs: lint, tests with coverage, notebooks
 	$(PYTEST) --timeout 600 --cov
-	HF_HUB_OFFLINE=1 $(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg notebooks/
+	HF_HUB_OFFLINE=1 $(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg \
+		--junitxml=build/nbval.xml notebooks/
+	$(BIN)/python tools/compared_cells.py build/nbval.xml
 
 check: lint ## the part of it that takes under three minutes
 	$(PYTEST) --timeout 600 -m "not slow and not browser"
