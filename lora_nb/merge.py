@@ -26,6 +26,7 @@ from lora_nb.attach_report import AttachReport
 from lora_nb.errors import AdapterError
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.layers.linear4bit import dense_weight, is_quantized
+from lora_nb.layers.matrix import matrix
 from lora_nb.quantization import dense_layer, requantized_layer
 from lora_nb.render import html_table, text_table
 
@@ -72,6 +73,7 @@ class Merged:
     tensors: dict[str, dict[str, Tensor | None]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     tied: bool | None = None
+    quantization: object | None = None
 
 
 def merge(
@@ -113,6 +115,7 @@ def merge(
             survived[path] = plan.write(record, path, layer)
     _take_out(model, wanted, record)
     notes = _untie(model, record)
+    _say_dense(model, record)
     _close(model, record if keep else None)
     change = {path: _change(model.get_submodule(path), *seen[layer]) for path, layer in chosen if layer in seen}
     lost = [path for path, kept in survived.items() if kept < HALF]
@@ -144,6 +147,8 @@ def unmerge(model: nn.Module) -> AttachReport:
         layer.adapters.update(parts)
     if record.tied is not None:
         model.config.tie_word_embeddings = record.tied  # type: ignore[union-attr]
+    if record.quantization is not None:
+        model.config.quantization_config = record.quantization  # type: ignore[union-attr]
     state.reports |= record.reports
     state.merged = None
     set_active(model, record.active)
@@ -187,7 +192,7 @@ class Plan:
             self.packed = True
             own["weight"] = dense_weight(layer.base)
             if self.originals is not None:
-                own["weight"] = _original(self.originals, path, own["weight"])
+                own["weight"] = _original(self.originals, path, own["weight"], transposed=getattr(layer.base, "was_conv1d", False))
         return {n: p.float() if p.is_floating_point() else p for n, p in own.items()}
 
     @torch.no_grad()
@@ -206,7 +211,7 @@ class Plan:
         weight = changed["weight"] if "weight" in changed else dense_weight(layer.base)
         new = (requantized_layer if self.into == "requantized" else dense_layer)(layer.base, weight, bias)
         layer.__dict__["base"] = new
-        return dense_weight(new)
+        return matrix(new)
 
 
 def _rounded(layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | None], Tensor | None]:
@@ -234,8 +239,10 @@ def _tensors(original: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, 
     return dict(original.named_parameters()) if isinstance(original, nn.Module) else original
 
 
-def _original(originals: Mapping[str, Tensor], path: str, dense: Tensor) -> Tensor:
+def _original(originals: Mapping[str, Tensor], path: str, dense: Tensor, *, transposed: bool) -> Tensor:
+    """(out, in); `transposed` says that the layer was transformers' Conv1D, which stores (in, out)."""
     found = originals.get(f"{path}.weight")
+    found = found.T if found is not None and transposed else found
     if found is None or found.shape != dense.shape:
         have = "none" if found is None else f"one of {tuple(found.shape)}"
         raise AdapterError(f"original has {have} for {path}.weight, {tuple(dense.shape)}: give the base that was quantized.")
@@ -298,6 +305,21 @@ def _untie(model: nn.Module, record: Merged) -> tuple[str, ...]:
             if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
                 record.tied, model.config.tie_word_embeddings = True, False  # type: ignore[union-attr]
     return tuple(notes)
+
+
+def _say_dense(model: nn.Module, record: Merged) -> None:
+    """Which layers are of few bits no more, in the model's config: whoever loads what is saved from it would round these again."""
+    config: Any = getattr(model, "config", None)
+    said = getattr(config, "quantization_config", None)
+    dense = [path for path in record.modules if not is_quantized(model.get_submodule(path))]
+    if said is None or not dense:
+        return
+    record.quantization = said
+    if any(is_quantized(m) for m in model.modules()):
+        said = dict(said if isinstance(said, Mapping) else said.to_dict())
+        config.quantization_config = said | {"llm_int8_skip_modules": sorted({*(said.get("llm_int8_skip_modules") or ()), *dense})}
+    else:
+        del config.quantization_config
 
 
 def _close(model: nn.Module, record: Merged | None) -> None:

@@ -162,10 +162,16 @@ def quantized_layer(linear: nn.Module, weight: Tensor, config: QuantConfig) -> n
         layer = _eight_bits(weight)
     else:
         layer = _bitsandbytes(weight, config) if config.bitsandbytes else _ours(weight, config)
+    stands_for(layer, linear)
     layer._parameters["bias"] = linear._parameters.get("bias")
     if layer._parameters["bias"] is not None:
         layer._parameters["bias"].requires_grad_(False)  # noqa: FBT003 - its name differs between torch's stubs and torch
     return layer.train(linear.training)
+
+
+def stands_for(layer: nn.Module, linear: nn.Module) -> None:
+    """Note which kind of layer a quantized one replaces: to be merged into, it becomes one of that kind again."""
+    layer.was_conv1d = is_conv1d(linear) or bool(getattr(linear, "was_conv1d", False))  # type: ignore[assignment]  # a mark, no tensor
 
 
 def _ours(weight: Tensor, config: QuantConfig) -> nn.Module:
@@ -224,15 +230,24 @@ def refuse_wrong_rows(columns: int, device: torch.device) -> None:
         )
 
 
-def dense_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A plain linear layer in the place of a quantized one, in the type that its weight had before."""
+def dense_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A plain layer in the place of a quantized one, with W (out, in), of the kind and in the type that were there before."""
     dtype = weight_dtype(module)
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    linear, stored = _empty(module, weight, bias=bias is not None)
+    linear.weight = nn.Parameter(stored.to(dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(_bias_dtype(module, dtype)), requires_grad=False)
     return linear.train(module.training)
+
+
+def _empty(module: nn.Module, weight: Tensor, *, bias: bool) -> tuple[nn.Module, Tensor]:
+    """The layer without its values, and W as it keeps it."""
+    with torch.device("meta"):
+        if getattr(module, "was_conv1d", False):
+            from transformers.pytorch_utils import Conv1D
+
+            return Conv1D(*weight.shape), weight.T.contiguous()  # type: ignore[no-untyped-call]
+        return nn.Linear(weight.shape[1], weight.shape[0], bias=bias), weight
 
 
 def requantized_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -24,7 +24,7 @@ from lora_nb.layers.linear4bit import Linear4bit
 from lora_nb.layers.matrix import is_conv1d
 from lora_nb.layers.quantized import QuantizedTensor
 from lora_nb.origin import remember, sample, samples
-from lora_nb.quantization import bitsandbytes_layers, choose, note_in_config, quantized_layer, refuse_wrong_rows
+from lora_nb.quantization import bitsandbytes_layers, choose, note_in_config, quantized_layer, refuse_wrong_rows, stands_for
 
 METHOD = "lora_nb"
 STATE = "quant_state.bitsandbytes__"
@@ -167,6 +167,7 @@ def _restore(model: nn.Module, path: str, parts: dict[str, Tensor], reading: Rea
     layer = Linear4bit(columns, rows, bias=False, compute_dtype=reading.dtype)
     layer.hold(found)
     chosen = _as_bitsandbytes(layer, parts) if reading.config.bitsandbytes else layer
+    stands_for(chosen, linear)
     chosen._parameters["bias"] = linear._parameters.get("bias")
     model.set_submodule(path, _done(chosen.train(linear.training)))
 

@@ -397,6 +397,55 @@ class TestMerging:
         with pytest.raises(AdapterError, match="needs both"):
             ln.merge(self.adapted(), into="original")
 
+    def test_original_of_a_layer_that_stores_its_weight_transposed(self) -> None:
+        model, base = tiny_gpt2(), tiny_gpt2()
+        ln.quantize(model)
+        ln.attach(model, ln.LoraConfig(**ALL))
+        fill(model)
+        update = {path: part.delta() for path, part in weights(model, "default").items()}
+        ln.merge(model, into="original", original=base)
+        for path, delta in update.items():
+            torch.testing.assert_close(model.get_submodule(path).weight, base.get_submodule(path).weight + delta.T)
+
+    @pytest.mark.parametrize("make", [wide_llama, tiny_gpt2], ids=["llama", "gpt2"])
+    def test_what_was_merged_into_dense_weights_is_read_as_it_was_saved(self, make, tmp_path: Path) -> None:
+        """Neither rounded to four bits again, as the config would have it, nor transposed, as a quantized Conv1D is."""
+        model = make()
+        ln.quantize(model)
+        noted = model.config.quantization_config
+        ln.attach(model, ln.LoraConfig(**ALL))
+        fill(model)
+        expected = logits(model)
+        report = ln.merge(model)
+        assert min(report.survived.values()) == pytest.approx(1, abs=1e-4)
+        model.save_pretrained(tmp_path)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert {type(m) for m in plain.modules()} == {type(m) for m in make().modules()}
+        torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+        ln.unmerge(model)
+        assert model.config.quantization_config == noted
+        assert torch.equal(logits(model), expected)
+
+    def test_layers_that_stay_in_four_bits_are_told_from_those_merged_into(self, tmp_path: Path) -> None:
+        model = wide_llama()
+        ln.quantize(model)
+        ln.attach(model, ln.LoraConfig(r=4, lora_alpha=12.0, target_modules=["q_proj"]))
+        fill(model)
+        expected = logits(model)
+        ln.merge(model)
+        said = model.config.quantization_config["llm_int8_skip_modules"]
+        assert [f"model.layers.{i}.self_attn.q_proj" in said for i in range(3)] == [True] * 3
+        assert "lm_head" in said
+        assert "model.layers.0.self_attn.k_proj" not in said
+        model.save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(EMBEDDED["tiny"]).save_pretrained(tmp_path)
+        read, _ = ln.load(tmp_path, device="cpu")
+        assert type(read.model.layers[0].self_attn.q_proj) is nn.Linear
+        assert isinstance(read.model.layers[0].self_attn.k_proj, Linear4bit)
+        torch.testing.assert_close(logits(read), expected, rtol=1e-4, atol=1e-4)
+        ln.unmerge(model)
+        assert "model.layers.0.self_attn.q_proj" not in model.config.quantization_config["llm_int8_skip_modules"]
+
     # ‖Δ‖/‖W‖ → share of it that is left after rounding to NF4 again: measured with bitsandbytes on Gaussian weights, 1024².
     @pytest.mark.parametrize(("share", "left"), [(0.3, 0.994), (0.1, 0.837), (0.03, 0.040), (0.01, 0.016)])
     def test_how_much_is_left_by_the_size_of_the_update(self, share: float, left: float) -> None:
