@@ -57,6 +57,8 @@ def interleaved(
         synchronise: waits for what was started, such as `torch.cuda.synchronize`.
         clock: seconds; `time.process_time` counts only the processor's time for this process, for one thread on a busy machine.
     """
+    from tqdm.auto import tqdm
+
     names, wait = list(variants), synchronise or (lambda: None)
     for _ in range(warm_up):
         for run in variants.values():
@@ -65,7 +67,7 @@ def interleaved(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in range(rounds):
+        for i in tqdm(range(rounds), desc="timing", unit="round", delay=2, leave=False):  # drawn between rounds, so it is in no time
             turn = i % len(names)
             for name in names[turn:] + names[:turn]:
                 for _ in range(settle):
