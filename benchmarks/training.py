@@ -26,7 +26,7 @@ import peft
 import torch
 from alone import alone, rise
 from measure import RESULTS, Line, Times, interleaved, machine
-from peers import Missing, adapted, floor_steps, llama, next_token, our_epoch, our_steps, peft_steps, sharing, trainer_epoch
+from peers import adapted, floor_steps, llama, next_token, our_epoch, our_steps, peft_steps, sharing, trainer_epoch
 
 import lora_nb as ln
 
@@ -81,15 +81,10 @@ def tone(setting: Setting) -> list[Line]:
         for threads in setting.threads:
             torch.set_num_threads(threads)
             ours, theirs = adapted(base, torch.tensor([blocks[0].input_ids]))
-            try:
-                epoch, how = our_epoch(ours, tokenizer, data, pairs, tokens / len(blocks))
-            except Missing as gone:
-                rows.append(Line(title, threads, None, target, str(gone)))
-                continue
-            variants = {"lora_nb": epoch, "PEFT": trainer_epoch(theirs, tokenizer, blocks, pairs)}
+            variants = {"lora_nb": our_epoch(ours, tokenizer, data, pairs), "PEFT": trainer_epoch(theirs, tokenizer, blocks, pairs)}
             times = interleaved(variants, rounds=setting.rounds(5), warm_up=1)
             speed = f"{tokens / times.median('lora_nb'):,.0f} and {tokens / times.median('PEFT'):,.0f} tokens/s"
-            rows.append(Line(title, threads, times.ratio("PEFT", "lora_nb"), target, f"{how}; {speed}"))
+            rows.append(Line(title, threads, times.ratio("PEFT", "lora_nb"), target, speed))
     return rows
 
 
