@@ -152,12 +152,12 @@ def documents(positions: torch.Tensor) -> torch.Tensor:
     return (document[:, None, :, None] == document[:, None, None, :]).tril()
 
 
-def collate(rows: Sequence[Block], pad_id: int) -> Batch:
-    """Rows padded on the right to the longest of them.
+def collate(rows: Sequence[Block], pad_id: int, least: int = 0) -> Batch:
+    """Rows padded on the right to the longest of them, and at least to `least` tokens.
 
     Padding needs no attention mask: a causal model never looks to the right, and padded labels are ignored.
     """
-    longest = max(len(r.input_ids) for r in rows)
+    longest = max(least, *(len(r.input_ids) for r in rows))
     ids = torch.full((len(rows), longest), pad_id)
     labels = torch.full((len(rows), longest), IGNORE)
     positions = torch.zeros(len(rows), longest, dtype=torch.long) if any(r.positions for r in rows) else None

@@ -51,10 +51,18 @@ class Sampler:
         number, count = self.share
         mine = rows[number::count]
         if mine:
-            return collate([self.blocks[j] for j in mine], self.pad_id)._replace(rows=tuple(mine))
+            chosen = [self.blocks[j] for j in mine]
+            return collate(chosen, self.pad_id, self._least(chosen))._replace(rows=tuple(mine))
         # More processes than rows: this one does its part of the work in step with the others, and learns nothing from it.
         idle = self.blocks[rows[0]]
         return collate([idle._replace(labels=[IGNORE] * len(idle.labels))], self.pad_id)
+
+    def _least(self, rows: Sequence[Block]) -> int:
+        """Compiled code is made for one length, and a minute's work: then packed rows all have the same, others one of a few."""
+        if not self.config.compile:
+            return 0
+        longest = max(len(row.input_ids) for row in rows)
+        return self.config.seq_len if self.config.packing else min(self.config.seq_len, 1 << (longest - 1).bit_length())
 
     def _moved(self, batch: Batch) -> Batch:
         def move(t: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 import lora_nb as ln
 from lora_nb.attach import weights
 from lora_nb.bases import base_parameters
-from lora_nb.blocks import IGNORE, Block, collate
+from lora_nb.blocks import IGNORE, Block, collate, pack
 from lora_nb.errors import DatasetError, TrainingError
 from lora_nb.training import loop
 from lora_nb.training.sampler import Sampler, order, total_steps
@@ -511,3 +511,19 @@ def test_ignored_labels_count_for_nothing() -> None:
     run = ln.train(model, TOKENIZER, ln.dataset([Block([1, 5, 6], [IGNORE] * 3)]), config())
     assert run.losses == [0.0] * 3
     assert same(copied(model), start)
+
+
+def test_compiled_code_meets_one_length_when_packed_and_a_few_when_not() -> None:
+    """Else every step is compiled anew, a minute each; what is learnt from does not change."""
+    blocks = PAIRS.encode(TOKENIZER, 64)
+    for chosen, allowed in (({"packing": True, "seq_len": 64}, {64}), ({"seq_len": 48}, {8, 16, 32, 48})):
+        plain, compiled = (config(max_steps=8, batch_size=4, compile=c, **chosen) for c in (False, True))
+        rows = [b for b in (pack(blocks, 64) if plain.packing else blocks) if len(b.input_ids) <= plain.seq_len]
+        ours, theirs = (Sampler(rows, c, PAD) for c in (compiled, plain))
+        for number in range(8):
+            padded, short = ours.forward(number), theirs.forward(number)
+            width = short.input_ids.shape[1]
+            assert padded.input_ids.shape[1] in allowed
+            assert torch.equal(padded.input_ids[:, :width], short.input_ids)
+            assert torch.equal(padded.labels[:, :width], short.labels)
+            assert (padded.labels[:, width:] == IGNORE).all()
