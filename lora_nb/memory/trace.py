@@ -221,7 +221,7 @@ def _tokens(model: Any, batch_size: int, seq_len: int) -> dict[str, Tensor]:
 def _forward(model: Any, given: dict[str, Tensor], precision: str, *, chunked: bool) -> Callable[[], Tensor]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     cast = (lambda: torch.autocast("cpu", dtype)) if dtype else nullcontext
-    if chunked and type(model).__name__.endswith("ForCausalLM") and hasattr(model, "get_output_embeddings"):
+    if chunked and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(model, "get_output_embeddings"):
         vars(model).setdefault(PROBED, True)  # there are no values to probe with
     else:
         chunked = False

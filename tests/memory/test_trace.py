@@ -54,6 +54,13 @@ def test_it_says_what_a_real_step_takes(make: Callable[[], nn.Module], config: l
     assert traced.total - there == pytest.approx(rise, rel=0.03)
 
 
+def test_gpt2_is_traced_with_the_loop_s_own_loss_whatever_its_class_is_called() -> None:
+    """Not with all logits, which outweigh everything else here."""
+    wide = {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": 40_000, "n_positions": 64}
+    chunked, full = (trace_memory(wide, LORA, batch_size=4, seq_len=64, loss=loss) for loss in ("chunked", "full"))
+    assert chunked.parts["logits"] < 0.6 * full.parts["logits"]
+
+
 def test_the_model_itself_is_left_alone_and_keeps_its_ties() -> None:
     model = tiny_llama(tied=True)
     before = {name: (id(p), p.requires_grad, p.device) for name, p in model.named_parameters()}
