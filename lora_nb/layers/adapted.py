@@ -152,12 +152,14 @@ class AdaptedLayer(nn.Module):
 
 def through(layer: AdaptedLayer, args: Any, kwargs: Any) -> Any:
     """The layer with the adapters that are active in it."""
-    if not layer.active:
+    active = layer.active
+    if not active:
         return layer.base(*args, **kwargs)
     there: Any = layer._modules["adapters"]  # past nn.Module's look-ups, which cost as much as a small product
-    acting: list[Part] = [there._modules[name] for name in layer.active]
-    if len(acting) == 1 and not acting[0].replaces:
-        return acting[0].forward(layer, layer.base, *args, **kwargs)
+    first: Part = there._modules[active[0]]
+    if len(active) == 1 and not first.replaces:
+        return first.forward(layer, layer.base, *args, **kwargs)
+    acting: list[Part] = [there._modules[name] for name in active]
     values: dict[str, Tensor] = {}
     for part in acting:
         if part.replaces:

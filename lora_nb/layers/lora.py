@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer, Forward, Part
 from lora_nb.layers.lora_init import start
-from lora_nb.layers.lora_linear import is_frozen, is_plain, lora_linear
+from lora_nb.layers.lora_linear import is_frozen, is_plain, lora_linear, product
 from lora_nb.layers.matrix import is_conv1d, matrix, shape, unmatrix
 
 CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the number of the weight's dimensions
@@ -83,9 +83,12 @@ class LoraWeights(Part):
         own: dict[str, Any] = self._parameters  # straight to the tables: in generation nn.Module's look-ups cost as much as these products
         a, b = own["lora_A"], own["lora_B"]
         p = self.dropout if self.training else 0.0
-        if inner is layer.base and not self.more() and ((is_plain(inner, x, a) and not p) or learns_at(inner, x)):
+        if inner is layer.base and not self.more():
             base: dict[str, Any] = layer._parameters
-            return lora_linear(x, base["weight"], base["bias"], (a, b, self.scaling), p)
+            if not p and is_plain(inner, x, a):
+                return product(x, base["weight"], base["bias"], (a, b, self.scaling))
+            if learns_at(inner, x):
+                return lora_linear(x, base["weight"], base["bias"], (a, b, self.scaling), p)
         y = inner(x)
         return y + self.update(layer, self.dropped(x)).to(y.dtype)  # type: ignore[no-any-return]
 

@@ -126,20 +126,30 @@ def dropout_mask(state: Tensor, x: Tensor, dtype: torch.dtype, p: float) -> Tens
 
 def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float], dropout: float = 0.0) -> Tensor:
     """y for x (…, in); `low_rank` is (A, B, s)."""
-    a, b, s = low_rank
     if torch.is_autocast_enabled(x.device.type):
+        a, b, s = low_rank
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             x, w, bias, a, b = (None if t is None else t.to(dtype) for t in (x, w, bias, a, b))  # type: ignore[assignment]
-            return lora_linear(x, w, bias, (a, b, s), dropout)
+            return product(x, w, bias, (a, b, s), dropout)
+    return product(x, w, bias, low_rank, dropout)
+
+
+def product(x: Tensor, w: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float], dropout: float = 0.0) -> Tensor:
+    """The same outside of autocast."""
+    a, b, s = low_rank
+    learns = torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad)
+    if not learns and x.numel() == w.shape[1]:  # one token in generation: as a vector it is half the work around the products
+        y = F.linear(x, w, bias)
+        y.view(-1).addmv_(b, torch.mv(a, x.reshape(-1)), alpha=s)
+        return y
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
-        if suits(rows, w, a, dropout):
-            y: Tensor = LoraProduct16.apply(rows, w, bias, a, b, s)  # type: ignore[no-untyped-call]
-        else:
-            y = LoraProduct.apply(rows, w, bias, a, b, s, dropout)  # type: ignore[no-untyped-call]
-    else:
+    if not learns:
         y = F.linear(rows, w, bias).addmm_(torch.mm(rows, a.T), b.T, alpha=s)
+    elif suits(rows, w, a, dropout):
+        y = LoraProduct16.apply(rows, w, bias, a, b, s)  # type: ignore[no-untyped-call]
+    else:
+        y = LoraProduct.apply(rows, w, bias, a, b, s, dropout)  # type: ignore[no-untyped-call]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 

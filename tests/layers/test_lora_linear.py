@@ -53,6 +53,16 @@ def assert_like(ours: list[Tensor], theirs: list[Tensor], rounding: float) -> No
         assert (one - other).abs().max() <= rounding * other.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (1, 1, IN), (2, 1, IN)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_token_at_a_time_is_what_the_plain_expression_gives(shape: tuple[int, ...], dtype: torch.dtype, rounding: float) -> None:
+    _, w, bias, a, b = tensors(1, dtype=dtype)
+    x = torch.randn(*shape, dtype=dtype)
+    with torch.no_grad():
+        for c in (bias, None):
+            assert_like([lora_linear(x, w, c, (a, b, S))], [plain(x, w, c, (a, b, S))], rounding)
+
+
 @pytest.mark.parametrize("r", [1, 3, 16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_gradients_are_those_of_finite_differences(r: int, p: float) -> None:
