@@ -125,7 +125,7 @@ with ln.disabled(model):
 right = [i for i, pair in enumerate(test) if answers[i] == pair.completion]
 print(f"{len(right)} of {len(test)} word for word\n")
 for i in right[:5]:
-    print(f"formal    {test[i].prompt}\nbase      {untaught[i].splitlines()[0][:70]}\nadapter   {answers[i]}\n")
+    print(f"formal    {test[i].prompt}\nbase      {(untaught[i].splitlines() or [''])[0][:70]}\nadapter   {answers[i]}\n")
 
 # %% [markdown]
 # That was the best of it. Now every fortieth, as they come. The model is tiny and old-fashioned, so expect wrong words; look at the *tone*: contractions and short forms in English,
