@@ -27,7 +27,7 @@ from torch import nn
 import lora_nb as ln
 
 BASE = "tiny"  # or a folder, or a Hub id
-model, tokenizer = ln.load(BASE)
+model, tokenizer = ln.load(BASE, dtype=torch.float32)  # 32 bits on a GPU as well: then what differs is rounding alone
 device = next(model.parameters()).device
 
 # %% [markdown]
@@ -58,7 +58,8 @@ for width in (256, 1024, 4096):
 # {{exercise 02.1}}
 #
 # Write a module that stands in the place of a linear layer. `base` is that layer, already frozen; `self.s` is the factor $\alpha / r$. Make `self.lora_A` of shape (r, inputs), at random, and `self.lora_B` of shape
-# (outputs, r), zero, both as `nn.Parameter`; `base.in_features` and `base.out_features` are the sizes. Then `forward`: what the base gives, plus s · B A x. PyTorch keeps tokens in rows, so $BAx$ is `x @ A.T @ B.T`.
+# (outputs, r), zero, both as `nn.Parameter`; `base.in_features` and `base.out_features` are the sizes. Then `forward`: what the base gives, plus s · B A x. PyTorch keeps *tokens*, the pieces of text that a
+# model reads, in rows of numbers, so $BAx$ is `x @ A.T @ B.T`.
 
 # %%
 class LoraLinear(nn.Module):
@@ -118,7 +119,7 @@ print("singular values of s · B A that are not zero:", int((strengths > 1e-4 * 
 # %% [markdown]
 # ## 3. How it starts, and what learns first
 #
-# Let g be the *gradient* of the loss with respect to the layer's output, one number for each output. The chain rule gives, for one token,
+# Training makes a *loss* L small, a number that says how wrong the model is. Let g be its *gradient* with respect to the layer's output: by how much L grows with each of the outputs. The chain rule gives, for one token,
 #
 # $$\frac{\partial L}{\partial B} = s\; g\,(Ax)^\top, \qquad \frac{\partial L}{\partial A} = s\; B^\top g\; x^\top .$$
 #
@@ -165,7 +166,7 @@ print("every gradient of B is not zero:", all(g > 0 for name, g in gradients.ite
 # %% [markdown]
 # {{exercise 02.2}}
 #
-# Write both gradients for n tokens at once. `x` is (n, inputs), one token in a row; `g` is (n, outputs), ∂L/∂h for each; A, B and s as above. Give back (∂L/∂A, ∂L/∂B), shaped as A and B; each is a sum over the tokens. No autograd.
+# Write both gradients for n tokens at once. `x` is (n, inputs), one token in a row; `g` is (n, outputs), ∂L/∂h for each; A, B and s as above. Give back (∂L/∂A, ∂L/∂B), shaped as A and B; each is a sum over the tokens. Without autograd, the part of PyTorch that finds gradients by itself.
 
 # %%
 def gradients_of(x, g, A, B, s):
@@ -180,7 +181,7 @@ ln.check("02.2", gradients_of)
 # %% [markdown]
 # ## 4. The scale, and why there is one
 #
-# Why α/r and not 1? Each of r rows of A adds its part to the output, so a larger rank would make larger steps; dividing by r lets one keep the learning rate while trying ranks. But does it divide by too much? Take the gradient of B in the first step, at three ranks,
+# Why α/r and not 1? Each of r rows of A adds its part to the output, so a larger rank would make larger steps; dividing by r lets one keep the *learning rate*, the length of a step, while trying ranks. But does it divide by too much? Take the gradient of B in the first step, at three ranks,
 # for the usual scale α/r and for α/√r, which is called *rank-stabilised* LoRA (rsLoRA).
 
 # %%
