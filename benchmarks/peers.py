@@ -28,7 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
-    "quick": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 6144},
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
+    "quick": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 6144},
 }
 
 Step = Callable[[], object]
@@ -39,14 +48,15 @@ class Missing(Exception):  # noqa: N818 - not a failure
 
 
 def llama(shape: str, device: str = "cpu") -> nn.Module:
-    """A random Llama with tied embeddings; fp32 on a CPU, bf16 on a GPU. The embedded base itself for 5.8M."""
+    """A random Llama; fp32 on a CPU, bf16 on a GPU, and made there. The embedded base itself for 5.8M."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if shape == "5.8M":
         return ln.load("tiny", device=device)[0]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=2048))
-    return model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval()
+    config = LlamaConfig(**{"tie_word_embeddings": True, "max_position_embeddings": 2048} | SHAPES[shape])
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16).eval()
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -54,16 +64,20 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def adapted(base: nn.Module, ids: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Ours and PEFT's around the same weights and adapter, shown to give the same logits."""
+def adapted(base: nn.Module, ids: Tensor, r: int = 8, theirs: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+    """Ours and PEFT's around the same weights and adapter, shown to give the same logits.
+
+    Args:
+        theirs: what PEFT gets instead of `base`, such as the same weights in bitsandbytes' layers.
+    """
     ours = sharing(base)
-    ln.attach(ours, ln.LoraConfig(**LORA))
+    ln.attach(ours, ln.LoraConfig(**LORA | {"r": r}))
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         for name, p in ln.parameters(ours).items():
             if name.endswith("lora_B"):
                 p.normal_(std=0.01)
         ln.save(ours, folder)
-        theirs = peft.PeftModel.from_pretrained(sharing(base), folder, is_trainable=True)
+        theirs = peft.PeftModel.from_pretrained(sharing(theirs or base), folder, is_trainable=True)
         mine, other, plain = (m(input_ids=ids[:1], use_cache=False).logits.float() for m in (ours, theirs, base))
     rounding = 1e-4 if base.dtype == torch.float32 else 5e-2
     if (mine - other).abs().max() > rounding * other.abs().max() or torch.equal(mine, plain):

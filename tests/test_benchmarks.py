@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SECTIONS = {"step-27M": 2, "step-5.8M": 2, "tone": 2, "memory": 1, "decode": 2, "cuda": 2, "ladder": 8}  # lines of each, at one thread
@@ -105,3 +106,34 @@ def test_nf4(tmp_path: Path) -> None:
 def test_qlora(tmp_path: Path, section: str) -> None:
     found = ran("qlora.py", tmp_path, "--only", section)["sections"][section]
     assert found["total" if section == "step" else "peak"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_gpu_at_a_tiny_size_on_a_cpu(tmp_path: Path) -> None:
+    """Every line of the table is there; none of them claims to meet a target of a GPU's."""
+    out = tmp_path / "gpu.json"
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--cpu", "--out", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    said = " ".join(row["measure"] for row in found["rows"])
+    assert len(found["rows"]) == 16
+    assert all(
+        words in said
+        for words in ("NF4", "logits", "LoRA's product", "decode", "LoRA step", "QLoRA step", "matrix peak", "estimate", "trace")
+    )
+    assert {row["met"] for row in found["rows"]} == {""}
+    assert not [row["note"] for row in found["rows"] if "failed" in row["note"]]
+    assert found["kernels"].keys() == {"nf4_triton", "cross_entropy_triton", "lora_triton", "mixed_triton"}
+    assert {"processor", "torch", "peft", "bitsandbytes", "date"} <= found["machine"].keys()
+    assert found["memory"][0]["estimate"] > found["memory"][0]["trace_memory"] / 2 > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_gpu_without_one_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert "No CUDA GPU here" in done.stdout
