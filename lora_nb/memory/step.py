@@ -249,6 +249,8 @@ def _chunked(s: Setting) -> tuple[int, int, str]:
     before = (4 if e == 4 else 2) if chunks > 1 else 0  # the gradient of the chunk before is still there
     now = 4 if e == 4 else 6
     each = max(before + now, before + 12 if s.shape.logit_cap else 0)
+    if s.device == "cuda":  # one kernel, layers/cross_entropy_triton.py, which works in the logits' own memory
+        each = before + e
     hidden = 2 * e * width * labelled
     weight = (4 + (e if e != 4 else 0)) * vocabulary * width if s.everything else 0
     text = f"{logits // vocabulary:,} tokens × {vocabulary:,} × {each} B, {chunks} such chunks, + hidden states and their gradient 2 × {e}h"
