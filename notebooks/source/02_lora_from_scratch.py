@@ -82,8 +82,8 @@ class LoraLinear(nn.Module):
 ln.check("02.1", LoraLinear)
 
 # %% [markdown]
-# The check gives your layer a base, compares the start, then fills A and B at random and compares output and gradients with the package's own layer. And that one? Here is what runs in this package; the long line is a short cut for the usual case, the last
-# two lines are the formula.
+# The check gives your layer a base, compares the start, then fills A and B at random and compares output and gradients with the package's own layer. And that one? Here is what runs in this package; the lines in the middle are short cuts for the usual cases, the
+# last two are the formula.
 
 # %%
 ln.show("LoraWeights.forward")
