@@ -56,8 +56,9 @@ class Form:
         options = [(f"{ALL} ({sum(n for n, _ in groups.values())})", ALL)]
         options += [(f"{name} ({count}), {shape}", name) for name, (count, shape) in groups.items()]
         kept = tuple(v for v in field.value if v in groups or v == ALL) or (ALL,)
-        with field.hold_trait_notifications():
-            field.options, field.value = options, kept
+        if list(field.options) != options:
+            field.options = options  # which clears the choice
+        field.value = kept
 
     def fit_method(self) -> None:
         """Let only what the method has be changed."""

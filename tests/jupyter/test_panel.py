@@ -9,6 +9,8 @@ import torch
 
 import lora_nb as ln
 from lora_nb.jupyter.panel import Panel
+from lora_nb.attach import adapters
+from lora_nb.jupyter.figures import run_folder
 from lora_nb.jupyter.settings import Settings
 
 
@@ -95,6 +97,14 @@ def test_stopped_and_resumed_it_is_the_same_as_in_one_go_and_as_the_code(panel: 
 
 
 def test_while_it_trains_the_form_is_locked(panel: Panel) -> None:
+def test_the_choice_of_modules_stays_after_training(panel: Panel) -> None:
+    panel.form.fields["target_modules"].value = ("q_proj", "v_proj")
+    pressed(panel, "train")
+    assert panel.settings.target_modules == ("q_proj", "v_proj")
+    assert "target_modules=['q_proj', 'v_proj']" in panel.code.value
+    assert {path.rsplit(".", 1)[-1] for path in adapters(panel.model).reports["default"].matched} == {"q_proj", "v_proj"}
+
+
     panel.form.fields["max_steps"].value = 500
     panel.buttons["train"].click()
     assert panel.buttons["train"].disabled
