@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,20 @@ def scale_said(settings: Settings) -> str:
 
 
 def run_folder(data: str) -> Path:
-    """A new place for a run's log and checkpoints, below the notebook."""
+    """A new folder for a run's log and checkpoints; made here, so that a second notebook takes another.
+
+    It lies below the notebook or, where that may not be written, among the system's temporary ones.
+    """
     stem = "".join(c if c.isalnum() else "-" for c in Path(data).stem)[:40] or "run"
-    return Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name, number = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+    folder = Path("runs") / name
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+        except OSError:
+            return Path(tempfile.mkdtemp(prefix=f"lora_nb-{name}-"))
+        else:
+            return folder

@@ -199,7 +199,7 @@ class Panel(w.VBox):  # type: ignore[misc]
             self.run = None
         self.last = (settings, folder)
         self._lock(locked=True)
-        self._say("Training …")
+        self._say("Training …" if not folder.is_absolute() else f"Training; this folder cannot be written, so its log is in {folder} …")
         model, tokenizer = self.model, self.tokenizer
         assert model is not None
         prompts = held.prompts[:SAMPLES] if held.kind == "pairs" else []

@@ -1,5 +1,6 @@
 """The control panel without a browser: what its widgets do when they are used."""
 
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import lora_nb as ln
 from lora_nb.jupyter.panel import Panel
 from lora_nb.attach import adapters
+from lora_nb.jupyter.panel import Panel
 from lora_nb.jupyter.figures import run_folder
 from lora_nb.jupyter.settings import Settings
 
@@ -141,6 +143,15 @@ def test_a_saved_notebook_still_shows_it(panel: Panel) -> None:
     assert "application/vnd.jupyter.widget-view+json" in data
     assert "trainable parameters" in data["text/html"]
     assert "control panel" in data["text/plain"]
+
+def test_two_runs_of_one_second_have_two_folders_and_a_read_only_place_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    assert [run_folder("a/tone.jsonl") for _ in range(3)] == [Path("runs") / name for name in ("tone-now", "tone-now-2", "tone-now-3")]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    (tmp_path / "runs").write_text("no folder can be made below a file")
+    assert run_folder("tone").is_relative_to(tempfile.gettempdir())
+
 
 
 def test_your_own_model_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
