@@ -21,6 +21,7 @@ from torch import nn
 
 from lora_nb.conflicts import inner, places
 from lora_nb.factors import updates
+from lora_nb.jupyter.watched import beside
 from lora_nb.render import Cell, format_bytes, html_table, svg_curve, svg_heatmap, text_table
 from lora_nb.training.run import Run
 
@@ -47,8 +48,7 @@ class Chart(anywidget.AnyWidget):
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        return {**data, "text/html": self._repr_html_(), "text/plain": repr(self)}, metadata
+        return beside(super()._repr_mimebundle_(**kwargs), self._repr_html_(), repr(self))
 
 
 class LossChart(Chart):

@@ -28,6 +28,7 @@ from lora_nb.jupyter.figures import Speed, lines, probe, run_folder, scale_said,
 from lora_nb.jupyter.form import Form
 from lora_nb.jupyter.settings import Settings
 from lora_nb.jupyter.worker import Job, Worker
+from lora_nb.jupyter.watched import beside
 from lora_nb.memory.estimate import estimate
 from lora_nb.memory.report import Estimate
 from lora_nb.render import format_bytes, html_table, text_table
@@ -305,15 +306,12 @@ class Panel(w.VBox):  # type: ignore[misc]
         return text_table(["control panel", ""], self._static())
 
     def _repr_html_(self) -> str:
-        return html_table(["control panel", ""], self._static()) + self.memory._repr_html_()
+        run = self.curve._repr_html_() + self.answers.value if self.run is not None else ""
+        return html_table(["control panel", ""], self._static()) + self.memory._repr_html_() + run
 
     def _repr_mimebundle_(self, **settings: Any) -> Any:
         """The live widget, and beside it what a saved notebook or a page without widgets shows."""
-        bundle = super()._repr_mimebundle_(**settings)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is not None:
-            data.update({"text/plain": repr(self), "text/html": self._repr_html_()})
-        return bundle
+        return beside(super()._repr_mimebundle_(**settings), self._repr_html_(), repr(self))
 
 
 SHOWN = {
