@@ -24,11 +24,12 @@ from lora_nb.datasets import Dataset, dataset
 from lora_nb.errors import LoraNbError
 from lora_nb.generation import generate
 from lora_nb.jupyter.charts import LossChart, MemoryChart
+from lora_nb.jupyter.code_cell import CodeCell
 from lora_nb.jupyter.figures import Speed, lines, probe, run_folder, scale_said, step_seconds
 from lora_nb.jupyter.form import Form
 from lora_nb.jupyter.settings import Settings
-from lora_nb.jupyter.worker import Job, Worker
 from lora_nb.jupyter.watched import beside
+from lora_nb.jupyter.worker import Job, Worker
 from lora_nb.memory.estimate import estimate
 from lora_nb.memory.report import Estimate
 from lora_nb.render import format_bytes, html_table, text_table
@@ -60,6 +61,7 @@ class Panel(w.VBox):  # type: ignore[misc]
         self.samples: dict[str, list[str]] = {}
         self._make_widgets()
         super().__init__(self._arranged())
+        self.add_class("lora-panel")  # by which the front end knows whose keys are pressed
         self._open()
         self.form.observe(self._changed)
         self.form.fit_method()
@@ -70,8 +72,7 @@ class Panel(w.VBox):  # type: ignore[misc]
     def _make_widgets(self) -> None:
         self.numbers, self.said = w.HTML(), w.HTML()
         self.memory, self.curve = MemoryChart({}, lines()), LossChart()
-        self.answers, self.code = w.HTML(), w.Textarea(layout={"width": "100%", "height": "14em", "display": "none"})
-        self.code.description, self.code.style = "Code", {"description_width": "4em"}
+        self.answers, self.code = w.HTML(), CodeCell(layout={"display": "none"})
         self.path = w.Text(value="adapters/panel", description="Folder", layout={"width": "20em"}, tooltip="of an adapter")
         self.buttons = {
             "train": self._button("Train", "a new adapter with these settings", self.train),
@@ -292,7 +293,7 @@ class Panel(w.VBox):  # type: ignore[misc]
     def toggle_code(self) -> None:
         """Show the cell that does the same, or hide it."""
         hidden = self.code.layout.display == "none"
-        self.code.layout.display = "flex" if hidden else "none"
+        self.code.layout.display = "" if hidden else "none"
         self.buttons["code"].description = "Hide the code" if hidden else "Show the code"
 
     # Where there is no front end

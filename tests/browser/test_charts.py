@@ -1,8 +1,11 @@
 """The charts in a real browser, without Jupyter: what they show, what keys do, and that a name stays a name."""
 
+import re
+
 import pytest
 
 from lora_nb.jupyter.charts import AdapterCompare, HeatMap, LossChart, MemoryChart
+from lora_nb.jupyter.code_cell import CodeCell
 
 pytestmark = [pytest.mark.browser]
 
@@ -26,6 +29,7 @@ CHARTS = {
     "memory": lambda: MemoryChart({"weights": 6 * GB, "optimizer": 3 * GB}, {"T4": 16 * GB, "GTX 1070": 8 * GB, "A100": 80 * GB}),
     "heat": heat,
     "adapters": compare,
+    "code": lambda: CodeCell(value="print(1)"),
 }
 
 
@@ -130,6 +134,20 @@ def test_adapters_stand_side_by_side(page, mount):
     assert rows(page) == [["", "tone", "topics"], ["rank", "8", "2"], ["base", "tiny", "tiny"], ["sample", "Could you?", "–"]]
     wide = page.eval_on_selector_all(".lora-meter", "all => all.map(e => e.getBoundingClientRect().width / e.parentElement.clientWidth)")
     assert wide[0] / wide[1] == pytest.approx(4, rel=0.1)
+
+
+def test_code_is_offered_to_who_can_insert_it_and_else_copied(page, mount):
+    mount(CodeCell(value="print(1)"))
+    said = page.get_by_role("status")
+    page.get_by_role("button", name="Insert as a cell").click()
+    page.get_by_text(re.compile("No cell can be inserted here. (Copied|Selected)")).wait_for()
+    page.evaluate("addEventListener('lora-nb-insert', (event) => { window.taken = event.detail; event.preventDefault(); })")
+    page.get_by_role("textbox", name="Code").fill("print(2)")
+    page.get_by_role("button", name="Insert as a cell").click()
+    assert said.inner_text() == "It is in the cell below."
+    assert page.evaluate("window.taken") == "print(2)"
+    page.evaluate("model.set('value', 'print(3)')")
+    page.wait_for_function("document.querySelector('textarea').value === 'print(3)'")
 
 
 @pytest.mark.parametrize("name", [HOSTILE, '"; rm', RTL, LONG], ids=["markup", "shell", "right-to-left", "long"])

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import lora_nb as ln
-from lora_nb.jupyter.panel import Panel
 from lora_nb.attach import adapters
-from lora_nb.jupyter.panel import Panel
 from lora_nb.jupyter.figures import run_folder
+from lora_nb.jupyter.panel import Panel
 from lora_nb.jupyter.settings import Settings
 
 
@@ -91,14 +90,13 @@ def test_stopped_and_resumed_it_is_the_same_as_in_one_go_and_as_the_code(panel: 
     assert panel.run.steps < 12
     assert "Done after 12 steps" in pressed(panel, "resume")
     panel.buttons["code"].click()
-    assert panel.code.layout.display == "flex"
+    assert panel.code.layout.display == ""
     made: dict[str, object] = {}
     exec(panel.code.value, made)  # noqa: S102 - that is what it is for
     theirs = ln.parameters(made["model"])
     assert all(torch.equal(p, theirs[name]) for name, p in ln.parameters(panel.model).items())
 
 
-def test_while_it_trains_the_form_is_locked(panel: Panel) -> None:
 def test_the_choice_of_modules_stays_after_training(panel: Panel) -> None:
     panel.form.fields["target_modules"].value = ("q_proj", "v_proj")
     pressed(panel, "train")
@@ -107,6 +105,7 @@ def test_the_choice_of_modules_stays_after_training(panel: Panel) -> None:
     assert {path.rsplit(".", 1)[-1] for path in adapters(panel.model).reports["default"].matched} == {"q_proj", "v_proj"}
 
 
+def test_while_it_trains_the_form_is_locked(panel: Panel) -> None:
     panel.form.fields["max_steps"].value = 500
     panel.buttons["train"].click()
     assert panel.buttons["train"].disabled
@@ -144,6 +143,7 @@ def test_a_saved_notebook_still_shows_it(panel: Panel) -> None:
     assert "trainable parameters" in data["text/html"]
     assert "control panel" in data["text/plain"]
 
+
 def test_two_runs_of_one_second_have_two_folders_and_a_read_only_place_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "now")
@@ -151,7 +151,6 @@ def test_two_runs_of_one_second_have_two_folders_and_a_read_only_place_none(tmp_
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     (tmp_path / "runs").write_text("no folder can be made below a file")
     assert run_folder("tone").is_relative_to(tempfile.gettempdir())
-
 
 
 def test_your_own_model_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

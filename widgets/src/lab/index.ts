@@ -1,4 +1,4 @@
-/** The JupyterLab extension: a viewer for adapters, a side panel, and commands. There is no server part. */
+/** The JupyterLab extension: a viewer for adapters, a side panel, commands, and a hand for the control panel. There is no server part. */
 
 import type { JupyterFrontEnd, JupyterFrontEndPlugin } from "@jupyterlab/application";
 import { ICommandPalette } from "@jupyterlab/apputils";
@@ -7,6 +7,7 @@ import { LabIcon } from "@jupyterlab/ui-components";
 
 import { commands } from "./commands";
 import { CONFIG, WEIGHTS } from "./names";
+import { servePanels } from "./panel";
 import { SidePanel } from "./side";
 import { addStyles } from "./styles";
 import { UnreadModelFactory, ViewerFactory } from "./viewer";
@@ -77,4 +78,11 @@ const verbs: JupyterFrontEndPlugin<void> = {
   },
 };
 
-export default [viewer, side, verbs];
+const panels: JupyterFrontEndPlugin<void> = {
+  id: "lora-nb:panels",
+  description: "Keys and code of the control panel in a notebook",
+  autoStart: true,
+  activate: servePanels,
+};
+
+export default [viewer, side, verbs, panels];
