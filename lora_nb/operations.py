@@ -30,7 +30,7 @@ def count_operations(run: Callable[[], object]) -> tuple[int, int]:
     run()
     with Operations() as operations:
         run()
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as flops:
+    with FlopCounterMode(display=False, custom_mapping=LEFT_OUT) as flops:
         run()
     return operations.count, flops.get_total_flops()
 
@@ -46,5 +46,19 @@ def count_launches(run: Callable[[], object]) -> int:
 
 
 def _addmm_flops(_into: Sequence[int], a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
-    """Of a product added in place, which torch leaves out: a (n, k), b (k, m)."""
+    """Of a product added in place: a (n, k), b (k, m)."""
     return 2 * a[0] * a[1] * b[1]
+
+
+def _mv_flops(a: Sequence[int], *_: object, **__: object) -> int:
+    """Of a matrix a (n, k) and a vector."""
+    return 2 * a[0] * a[1]
+
+
+def _addmv_flops(_into: Sequence[int], a: Sequence[int], *_: object, **__: object) -> int:
+    """The same, added in place."""
+    return 2 * a[0] * a[1]
+
+
+# Products that torch's count leaves out.
+LEFT_OUT = {torch.ops.aten.addmm_: _addmm_flops, torch.ops.aten.mv: _mv_flops, torch.ops.aten.addmv_: _addmv_flops}

@@ -17,6 +17,13 @@ def test_what_is_added_in_place_counts() -> None:
     assert count_operations(lambda: into.addmm_(a, b, alpha=0.5)) == (1, 2 * 4 * 3 * 6)
 
 
+def test_a_matrix_times_a_vector_counts() -> None:
+    """As LoRA computes a single token."""
+    into, v = torch.zeros(7), torch.randn(5)
+    assert count_operations(lambda: torch.mv(W, v)) == (1, 2 * 7 * 5)
+    assert count_operations(lambda: into.addmv_(W, v, alpha=0.5)) == (1, 2 * 7 * 5)
+
+
 def test_views_are_free_and_elementwise_operations_are_not() -> None:
     assert count_operations(lambda: X.view(6, 5).T[1:3].unsqueeze(0)) == (0, 0)
     assert count_operations(lambda: (X + 1).mul_(2)) == (2, 0)
