@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -137,3 +138,21 @@ def test_gpu_without_one_says_so(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0
     assert "No CUDA GPU here" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_methods(tmp_path: Path) -> None:
+    found = ran("methods.py", tmp_path, "--only", "cost", "topics", "growing")["sections"]
+    methods = [row["method"] for row in found["topics"]["rows"]]
+    assert len(methods) == 11
+    assert methods == [row["method"] for row in found["cost"]["rows"]]
+    assert found["topics"]["rows"][0]["share of full's gain, %"] == 100
+    assert all(row["trainable"] > 0 and row["bytes saved"] > 4 * row["trainable"] for row in found["cost"]["rows"])
+    assert [row["method"] for row in found["growing"]["rows"]] == ["full", "LoRA r=16"] * 2
+
+
+def test_what_the_course_shows_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    summary = importlib.import_module("summary")
+    assert summary.OUT.read_text(encoding="utf-8") == summary.written(), "run: python benchmarks/summary.py"
