@@ -224,7 +224,7 @@ figure
 
 # %% [markdown]
 # The figure is the sweep's curve again, this time out of one run. Cutting even *improved* the adapter: what was cut off was noise. The interval says between which ranks the choice would fall with other
-# held-out examples; it knows nothing of another training run, which could move the answer as well.
+# held-out examples; here that is a single rank. It knows nothing of another training run, which could move the answer as well.
 #
 # These are the two functions that decide:
 
@@ -316,8 +316,8 @@ else:
     print("chosen by the sweep:", summary["chosen by the sweep"], " from one run:", summary["chosen from one run"], summary["interval"])
 
 # %% [markdown]
-# Where the two choices differ, the losses hardly do: from rank 8 on they are within one per cent of each other, and a tolerance of half a per cent decides among equals. On a curve without a knee no rule gives *the* rank;
-# one run gives the same curve as eight.
+# Where the two choices differ, the losses hardly do: from rank 8 on they are within one per cent of each other, and a tolerance of half a per cent decides among equals. On a curve without a knee no rule gives *the* rank,
+# and one run shows that as well as eight do.
 #
 # ## 7. A rank for each module
 #
