@@ -96,7 +96,9 @@ for name, way in ways.items():
 
 # %% tags=["nbval-ignore-output"]
 # %matplotlib inline
-plots.memory_bars(ways, cards=["RTX 4090", "H100 80GB"])
+figure = plots.memory_bars(ways, cards=["RTX 4090", "H100 80GB"])
+figure.suptitle("A training step of Llama 3.1 8B, 1 × 512 tokens, with gradient checkpointing", x=0.01, ha="left", fontsize="medium")
+figure
 
 # %% [markdown]
 # Each bar is one way, each colour a part, each dotted line what a card holds. From *full* to LoRA, gradients and optimizer vanish, since hardly anything trains. From 16 to 4 bits it is the weights that shrink. The table above the figure
