@@ -9,24 +9,13 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import lora_nb as ln
 from lora_nb.fusing import fused
+from lora_nb.memory.measured import rise
 from lora_nb.memory.trace import trace_memory
 from lora_nb.training.loss import loss_sum
 from tests.models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, under_peft
 
 LORA = ln.LoraConfig(r=4, lora_alpha=10)
 ROWS, LENGTH = 4, 48
-
-
-def highest(step: Callable[[], object]) -> int:
-    """By how much what torch's allocator holds rises over where it stood."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    now = most = 0
-    for event in events:
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize("config", [LORA, "full"], ids=["lora", "full"])
@@ -49,9 +38,9 @@ def test_it_says_what_a_real_step_takes(make: Callable[[], nn.Module], config: l
 
     with fused(model):  # as the loop has it
         step()
-        rise = highest(step)
+        rose = rise(step)
     there = sum(traced.parts[name] for name in ("weights", "adapters", "optimizer") if name in traced.parts)
-    assert traced.total - there == pytest.approx(rise, rel=0.03)
+    assert traced.total - there == pytest.approx(rose, rel=0.03)
 
 
 def test_gpt2_is_traced_with_the_loop_s_own_loss_whatever_its_class_is_called() -> None:
