@@ -153,11 +153,11 @@ def test_axe_finds_no_barrier_in_light_or_dark(shown, axe, theme):
 
 @pytest.mark.skipif("LORA_NB_SCREENSHOTS" not in os.environ, reason="only for the picture: LORA_NB_SCREENSHOTS=docs")
 def test_picture_for_the_readme(lab, shown):
-    lab.set_viewport_size({"width": 1280, "height": 1080})
+    lab.set_viewport_size({"width": 1180, "height": 2000})
     cell = shown("picture.ipynb")
-    cell.get_by_label("Steps").fill("120")
+    cell.get_by_label("Steps").fill("80")
     cell.get_by_label("Steps").press("Tab")
     press(cell, "Train")
-    cell.get_by_text("Done after 120 steps").wait_for(timeout=5 * MINUTE)
+    cell.get_by_text("Done after 80 steps").wait_for(timeout=5 * MINUTE)
     press(cell, "Show the code")
     cell.locator(".lora-panel").screenshot(path=Path(os.environ["LORA_NB_SCREENSHOTS"]) / "panel.png")
