@@ -25,7 +25,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import nbformat
 from measure import RESULTS, Line, Times, machine
 
 SECONDS = 1000.0  # milliseconds, as Playwright counts
+SESSION = "shell.currentWidget?.context?.sessionContext"
 TARGETS = {"changes": "≤ 100", "training": "≤ 1.05"}
 PANEL = """import json, time, torch
 import lora_nb as ln
@@ -73,13 +74,13 @@ CHANGE = """([label, value]) => new Promise((resolve, reject) => {
   const late = setTimeout(() => { seen.disconnect(); reject(new Error(`no answer to ${label} = ${value}`)); }, 10000);
   const start = performance.now();
   if (field.multiple) for (const option of field.options) option.selected = option.text.startsWith(value);
-  else if (field.options) field.selectedIndex = [...field.options].findIndex((option) => option.text === value);
+  else if (field.options) field.selectedIndex = [...field.options].findIndex((option) => option.text.replace(/\\s/g, ' ') === value);
   else field.value = value;
   for (const name of field.options ? ['change'] : ['input', 'change']) field.dispatchEvent(new Event(name, { bubbles: true }));
 })"""
 FIELDS = {
     "Rank r": ("8", "32", "1", "256", "4", "64", "2", "128", "16"),
-    "Target modules": ("q_proj", "v_proj", "down_proj", "all-linear"),
+    "Target modules": ("q_proj", "down_proj", "all-linear"),
     "Batch": ("8", "32", "4", "1", "64"),
     "Quantization": ("NF4", "int8, bitsandbytes", "NF4, double quantization", "none"),
 }
@@ -90,6 +91,7 @@ def lab(folder: Path) -> Iterator[str]:
     """The address of a JupyterLab that opens `00_start.ipynb` of the folder."""
     own = {name: str(folder / ".jupyter") for name in ("JUPYTER_CONFIG_DIR", "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")}
     words = [sys.executable, "-m", "lora_nb.cli", "lab", "--no-browser", "--folder", str(folder)]
+    words += ["--jupyter=--LabApp.expose_app_in_browser=True"]  # to ask it whether the kernel is there
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | own) as server:
         assert server.stdout is not None
         found = re.search(r"http://\S+", server.stdout.readline())
@@ -130,7 +132,8 @@ def notebook(steps: int, batch: int) -> Iterator[Any]:
             browser = play.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
             page.goto(address)
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120 * SECONDS)
+            page.wait_for_function(f"window.jupyterapp?.{SESSION}", timeout=120 * SECONDS)
+            page.evaluate(f"jupyterapp.{SESSION}.ready")
             run(page, 0)
             page.get_by_label("Rank r").wait_for(timeout=120 * SECONDS)
             page.wait_for_timeout(2 * SECONDS)
@@ -148,7 +151,7 @@ def run(page: Any, number: int) -> Any:
 
 def bench_changes(*, quick: bool) -> list[dict[str, Any]]:
     """At least 60 changes."""
-    turns = [cycle((label, value) for value in values) for label, values in FIELDS.items()]
+    turns = [zip(repeat(label), cycle(values), strict=False) for label, values in FIELDS.items()]
     found: dict[str, list[float]] = {label: [] for label in FIELDS}
     with notebook(steps=10, batch=16) as page:
         before = ""
