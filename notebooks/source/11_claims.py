@@ -642,8 +642,8 @@ reason = "mean loss over the budget: " + ", ".join(f"{name} {sum(v) / len(v):.2f
 judge("C07", found, reason, methods["command"])
 
 # %% [markdown]
-# *Continued pre-training on much text is where full fine-tuning stays ahead, by 3 %.* `stdlib` is such a change of domain. The same two methods on more and more of it, every token seen once; is LoRA's share of the gain
-# below 97 %? The last line is a longer run at rank 32.
+# *Continued pre-training on much text is where full fine-tuning stays ahead, by 3 %.* `stdlib` is such a change of domain. The same two methods on more and more of it, every token seen once, rates tuned each time.
+# The last line is another series, of larger batches and at rank 32.
 
 # %%
 gaps = {f"{row['tokens']:,} tokens": 100 - row[SHARE] for row in methods["growing"]["rows"] if row["method"] == "LoRA r=16"}
@@ -653,11 +653,13 @@ for name, gap in gaps.items():
     print(f"{name:24} full fine-tuning is ahead by {gap:5.1f} % of its gain")
 
 # %%
-found = {f"it learns from {name}": gap >= 3 for name, gap in gaps.items()}
 low, high = min(gaps.values()), max(gaps.values())
+found = {"it is asked who is ahead": low > 0, "it is asked by how much, 1 to 6 %": 1 <= low and high <= 6}
 judge("C11", found, f"ahead by {low:.0f} to {high:.0f} %, by the amount of text", methods["command"])
 
 # %% [markdown]
+# With little text LoRA is far behind; with four and sixteen times as much the distance shrinks, but it stays a multiple of what was claimed. The way from novels to code is longer than most fine-tuning has to go.
+#
 # ## 10. Models of other kinds
 #
 # *LoRA works on Transformers only, not on CNNs or RNNs.* LoRA asks for weights, not for attention. A small convolutional net (it looks at neighbouring pixels) learns to tell two kinds of stripes apart, a small recurrent one (it
