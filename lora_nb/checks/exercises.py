@@ -7,8 +7,11 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Rational
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_nb.checks.readiness import Readiness, readiness
 from lora_nb.errors import ConfigError, nearest
@@ -113,7 +116,7 @@ def _judged(task: Exercise, answer: Any) -> CheckResult:
     try:
         if answer is ... or answer is None:
             raise NotSolved  # noqa: TRY301 - as the judge would
-        return CheckResult(task.number, passed=True, message=task.judge(answer))
+        return CheckResult(task.number, passed=True, message=task.judge(_number(answer)))
     except NotSolved:
         return CheckResult(task.number, None, "put your answer in the place of the three dots, then run both cells again.")
     except Mistake as mistake:
@@ -135,4 +138,24 @@ def value_of(function: Callable[..., Any], *arguments: Any) -> Any:
     value = function(*arguments)
     if value is None or value is ...:
         raise NotSolved
-    return value
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """The same answer as judges expect it: how a number is written is no mistake.
+
+    Fractions and numpy's numbers become Python's, its arrays tensors, and tensors of another width 32 bits.
+    """
+    if type(value) in {tuple, list}:
+        return type(value)(map(_plain, value))
+    if isinstance(value, Rational) and not isinstance(value, int):
+        return int(value) if value.denominator == 1 else float(value)
+    if not isinstance(value, torch.Tensor) and hasattr(value, "__array__") and hasattr(value, "item"):
+        value = value.item() if not value.ndim else torch.as_tensor(value)
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _number(answer: Any) -> Any:
+    """`_plain`, and a tensor of one number as that number."""
+    answer = _plain(answer)
+    return answer.item() if isinstance(answer, torch.Tensor) and not answer.ndim else answer

@@ -19,6 +19,8 @@ from lora_nb.checks.exercises import Mistake, exercise
 )
 def numbers_that_train(answer: Any) -> str:
     """r × (inputs + outputs)."""
+    if isinstance(answer, str):
+        raise Mistake("that is a text; write the number, or a product such as 2 * 3, without quotation marks.")
     if answer == 16 * 256 * 256:
         raise Mistake("that is r × inputs × outputs; A and B are two thin matrices, so the sizes of the two add up instead.")
     if answer == 256 * 256:

@@ -6,6 +6,8 @@ import math
 from statistics import fmean, median
 from typing import Any
 
+from torch import Tensor
+
 from lora_nb.checks.exercises import Mistake, exercise, value_of
 
 # Rounds of a machine that is slow now and then: ours takes 1.2 times as long throughout, and one round hit only ours.
@@ -91,6 +93,8 @@ def crossover(answer: Any) -> str:
     """Against trying one number of rows after the other."""
     for case in CASES:
         expected, found = _tried(*case), value_of(answer, *case)
+        if isinstance(found, Tensor) and not found.ndim:
+            found = found.item()
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise Mistake(f"the answer is a number of rows; {case} gives {type(found).__name__}.")
         if found == expected:

@@ -138,6 +138,8 @@ def order_is_free(answer: Any) -> str:
     for pair, said in answer.items():
         if said is ...:
             raise Mistake(f"{pair!r} has no answer yet.")
+        if isinstance(said, str):
+            raise Mistake(f"{pair!r} has a text; write True or False without quotation marks.")
         if bool(said) != right[pair]:
             raise Mistake(ORDERS[pair])
     return "y + u₁ + u₂ in any order; what reads y, or multiplies it, has to know what came before."

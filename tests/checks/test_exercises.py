@@ -1,9 +1,12 @@
 """`check`: right, wrong with the likely mistake and the next hint, open, and the machine."""
 
 import sys
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import lora_nb as ln
 from lora_nb.checks import Mistake, exercise, value_of
@@ -29,6 +32,25 @@ def double() -> Any:
 def test_a_right_answer_is_told_why() -> None:
     result = ln.check("99.1", lambda x: x + x)
     assert (result.passed, repr(result)) == (True, "✓ right. Exercise 99.1: 3 gives 6.")
+
+
+@pytest.mark.parametrize("made", [float, Fraction, np.int64, np.float32, torch.tensor, lambda x: torch.tensor(x, dtype=torch.float64)])
+def test_how_a_number_is_written_is_no_mistake(made: Any) -> None:
+    for number, right in (("00.1", 8192), ("01.3", 2_101_346_304), ("02.3", 18), ("11.1", 28)):
+        assert ln.check(number, made(right)).passed, number
+        if number != "01.3":
+            assert ln.check(number, made(right + 1)).passed is False, number
+    assert ln.check("99.1", lambda x: made(2 * x)).passed
+
+
+def test_an_array_and_a_tensor_in_64_bits_are_answers_too() -> None:
+    assert ln.check("07.1", lambda w, a, b, alpha, r: (w + alpha / r * b @ a).double()).passed
+    assert ln.check("07.1", lambda w, a, b, alpha, r: (w + alpha / r * b @ a).numpy()).passed
+    assert ln.check("10.2", lambda s, r: np.float32((s[r:] ** 2).sum() / (s**2).sum()) ** 0.5).passed
+
+    said = ln.check("10.4", {"LoRA and LoRA": "True", "Houlsby and Houlsby": "False", "LoRA and DoRA": "False"}).message
+    assert "quotation marks" in said
+    assert "quotation marks" in ln.check("00.1", "8192").message
 
 
 def test_a_wrong_one_names_the_likely_mistake_and_gives_the_next_hint() -> None:
