@@ -20,8 +20,9 @@ if importlib.util.find_spec("lora_nb") is None:  # on Colab; torch is there and 
 # %% [markdown]
 # ## 1. A base model
 #
-# `tiny` comes with the package: a Llama of 5.8 million parameters, trained from scratch on English and French novels of 1840 to 1920. It is small enough for a laptop,
-# and it is a real language model, loaded through transformers. To work with another one, change one line: a folder, or a model's name on the Hugging Face Hub.
+# `tiny` comes with the package: a Llama (the kind of model that Meta publishes) of 5.8 million *parameters*, the numbers that training sets. It was trained from scratch on
+# English and French novels of 1840 to 1920. It is small enough for a laptop, and it is a real language model, loaded through *transformers*, Hugging Face's library for such
+# models. It reads and writes *tokens*, which are words and pieces of words; the cell prints how many it knows. To work with another one, change one line: a folder, or a model's name on the Hugging Face Hub.
 
 # %%
 import lora_nb as ln
@@ -49,6 +50,9 @@ train
 # %% [markdown]
 # A pair reaches the model as one line of text, `formal => informal`, and only what follows the arrow is learnt. How well does the untouched model predict the held-out
 # informal sentences? **Tokens right** counts the tokens that it would have put first; **examples all right** the sentences that it would have written without a single fault.
+#
+# The other lines measure surprise, and less is better. The **loss** is the mean of −log of the probability that the model gave to each right token; with the natural logarithm its unit is called *nat*.
+# **Perplexity** is $e$ to the power of the loss: among how many tokens the model is undecided, so to speak. **Bits per byte** spreads the surprise over the bytes of the text, so that models with other tokens compare.
 
 # %%
 before = ln.evaluate(model, tokenizer, test)
@@ -57,8 +61,8 @@ before
 # %% [markdown]
 # ## 3. An adapter
 #
-# *Low-rank adaptation* (LoRA) leaves each weight matrix $W$ as it is and adds a small product to it: $W + \frac{\alpha}{r} B A$, where $A$ has $r$ rows and $B$ has $r$ columns. Only $A$ and $B$ are
-# trained. `attach` puts such a pair on every linear layer, here with rank $r = 16$, and reports what it found. Look at the first line: how small a part of the model will train?
+# *Low-rank adaptation* (LoRA) leaves each weight matrix $W$ as it is and adds a small product to it: $W + \frac{\alpha}{r} B A$, where $A$ has $r$ rows and $B$ has $r$ columns. The number $r$ is called the *rank*, and $\alpha$ sets how
+# strongly the product counts. Only $A$ and $B$ are trained; $W$ is *frozen*. A *linear layer* is one that multiplies what it gets by a weight matrix. `attach` puts such a pair on each of them, here with $r = 16$, and reports what it found. Look at the first line: how small a part of the model will train?
 
 # %%
 import torch
@@ -80,7 +84,7 @@ numbers_of_one_layer = 16 * (256 + 256)  ### SOLUTION
 ln.check("00.1", numbers_of_one_layer)
 
 # %% [markdown]
-# $B$ starts at zero, so nothing has changed yet: the adapted model still gives exactly the base's output.
+# $B$ starts at zero, so nothing has changed yet: the adapted model still gives exactly the base's output. Compared are the *logits*, the scores that a model gives to every token that may come next.
 
 # %%
 ids = tokenizer("Could you please", return_tensors="pt").input_ids
@@ -93,7 +97,8 @@ print("the same, bit for bit:", torch.equal(adapted, base))
 # %% [markdown]
 # ## 4. Training
 #
-# The loop goes over the pairs in a new order each epoch and moves $A$ and $B$ by AdamW. The loss should fall steeply at first, while the model learns that an answer is wanted,
+# The loop goes over the pairs in a new order each *epoch* (once through all of them), a few at a time. In each *step* it finds in which direction the loss falls, and *AdamW*, the usual
+# rule for this, moves $A$ and $B$ a little that way; how far, the *learning rate* says. The loss should fall steeply at first, while the model learns that an answer is wanted,
 # and then slowly, while it learns how things are said.
 
 # %% tags=["nbval-ignore-output"]
@@ -144,7 +149,7 @@ print(ln.generate(model, tokenizer, "Could you please open the window? =>", max_
 # %% [markdown]
 # ## 6. Keep it
 #
-# `save` writes two files in Hugging Face PEFT's format, which PEFT, transformers and most serving engines read. Compare the size with the base's 12 megabytes, which are in 16 bits where the adapter is in 32.
+# `save` writes two files in the format of *PEFT*, Hugging Face's library for adapters. PEFT, transformers and most *serving engines* (programs that run a model for many users) read it. Compare the size with the base's 12 megabytes, which are in 16 bits where the adapter is in 32.
 
 # %%
 folder = ln.save(model, "adapters/tone")
