@@ -203,7 +203,7 @@ ln.show("training.loop._accumulate")
 # %% [markdown]
 # ## 5. The loss, some tokens at a time
 #
-# The model's last layer, its *head*, turns each token's hidden state into one score (*logit*) for each token of the vocabulary. The plain loss makes all scores at once, and keeps them, their logarithms and their gradients. With Llama 3's vocabulary
+# The model's last layer, its *head*, turns each token's *hidden state*, the row of numbers that the layers have made of it, into one score (*logit*) for each token of the vocabulary. The plain loss makes all scores at once, and keeps them, their logarithms and their gradients. With Llama 3's vocabulary
 # and a text of 4,096 tokens that is about 6 GiB, as notebook 01 finds. But the loss is a sum over tokens, so it can be made from a few rows at a time.
 #
 # {{exercise 03.2}}
@@ -438,12 +438,12 @@ print("checkpointing needs the least:             ", memory["+ checkpointing"] =
 print("all of it: less than half of the first rung:", memory["+ checkpointing"] < memory[first] / 2)
 
 # %% [markdown]
-# Packing spares the padding, the more the lengths differ; fused LoRA passes over memory less often, which is the largest step in speed here. Chunks and fused LoRA take memory away, and checkpointing trades speed for most of the rest. With a large vocabulary the
+# Packing spares the padding, the more the lengths differ; in sentences as short and as alike as these that shows little in time. Fused LoRA passes over memory less often, which is the largest step in speed here. Chunks and fused LoRA take memory away, and checkpointing trades speed for most of the rest. With a large vocabulary the
 # rung of chunks weighs far more. In a checkout of the project `python benchmarks/training.py --only ladder` climbs higher, on a larger model: on to the compiler, 8-bit moments and QLoRA, each rung in a process of its own.
 #
 # ## 10. Full fine-tuning beside LoRA
 #
-# Is LoRA as good? Both train on the same pairs for as many steps, each with a rate that suits it: LoRA wants about ten times that of full fine-tuning. Held-out pairs judge. Watch quality and cost together.
+# Is LoRA as good? Both train on the same pairs for as many steps, each with a rate that suits it: LoRA wants a larger one than full fine-tuning, here five times as large. Held-out pairs judge. Watch quality and cost together.
 
 # %% tags=["nbval-ignore-output"]
 from lora_nb.training.optim import trainable
@@ -480,7 +480,7 @@ print(f"gradients, moments and the trained numbers: {16 * lora[0] / 2**20:.1f} M
 print("LoRA reaches at least 80 % of full fine-tuning's gain:", gain > 0.8)
 
 # %% [markdown]
-# *Bits per byte* is the loss per byte of text, so that it compares across tokenizers; lower is better. LoRA gets most or all of the gain with a small part of the numbers, and keeps the base as it was. Thirty steps and one seed prove nothing in general; notebook 11 compares ten methods on three tasks with several seeds.
+# *Bits per byte* is the loss per byte of text, so that it compares across tokenizers; lower is better. LoRA gets most or all of the gain with a small part of the numbers, and keeps the base as it was. Thirty steps and one seed prove nothing in general; notebook 11 compares eleven methods on three tasks with several seeds.
 #
 # ## Three things to remember
 #
