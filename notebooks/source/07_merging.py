@@ -19,7 +19,7 @@ if importlib.util.find_spec("lora_nb") is None:  # on Colab; torch is there and 
 # ## 1. Something worth keeping
 #
 # Merging only makes sense for an adapter that has learnt something. So first a short training: sixty steps on the English half of `tone`, pairs of a formal sentence and an informal one.
-# The held-out loss, in nats a token, is the number to watch in this notebook: the lower, the better the model foretells sentences that it has not seen.
+# The *held-out loss* is the number to watch in this notebook: the mean of −log of the probability that the model gives to each right token of sentences that it has not seen (the unit is the *nat*). The lower, the better it foretells them.
 
 # %%
 import torch
@@ -313,7 +313,7 @@ axes.legend(frameon=False, loc="center left")
 figure
 
 # %% [markdown]
-# Read the figure from right to left. At 30 % the update arrives whole. At 10 % a sixth is gone. Below 3 % hardly anything is left: nearly every weight is moved by less than half the way to the next level and
+# Read the figure from right to left. At 30 % the update arrives whole. At 10 % a sixth is gone. From 3 % down hardly anything is left: nearly every weight is moved by less than half the way to the next level and
 # falls back to where it was. Rounding is a cliff, not a slope.
 
 # %% [markdown]
