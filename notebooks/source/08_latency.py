@@ -325,7 +325,7 @@ ln.check("08.4", free_once_merged)
 #
 # 1. Time variants in turn, take ratios within a round and medians over rounds, and measure a thing against itself first.
 # 2. An adapter costs work and calls. With one row and a small model the calls are most of it; with more rows or a wider model both fade.
-# 3. Merged, LoRA and DoRA cost nothing at all. A bottleneck adapter cannot be merged, and four bits save memory, not time.
+# 3. Merged, LoRA and DoRA cost nothing at all. A bottleneck adapter cannot be merged; four bits save memory, and on a processor they cost time.
 #
 # **To read on:** Hu et al., *LoRA*, arXiv:2106.09685, section 3, table 1, measure the latency of bottleneck adapters by batch and length. Rücklé et al., *AdapterDrop*, arXiv:2010.11918, measure how it falls when adapters
 # are left out. Dettmers et al., *QLoRA*, arXiv:2305.14314, for the base in four bits. Pope et al., *Efficiently Scaling Transformer Inference*, arXiv:2211.05102, for prefill and decode.
