@@ -21,7 +21,7 @@ if importlib.util.find_spec("lora_nb") is None:  # on Colab; torch is there and 
 #
 # An adapter is a small set of numbers beside a frozen model, the *base*: for each linear layer with weight $W$ two thin matrices, $A$ and $B$, so that the layer computes
 # $W x + s\,B A x$. Since the base stays as it is, any number of adapters can share it. That is what this notebook is about. Ours are small: rank 8, and only on two of the linear layers of each block,
-# the queries' and the values' of attention, as in the first paper on LoRA (Hu et al., arXiv:2106.09685).
+# the queries' and the values' of *attention* (the part in which tokens look at one another), as in the first paper on LoRA (Hu et al., arXiv:2106.09685).
 
 # %%
 import torch
@@ -333,7 +333,7 @@ ln.check("09.3", steps_needed)
 #
 # ## 5. 237 adapters, eight places
 #
-# Memory next to the processor is dear, on a GPU above all. So adapters live on three *tiers*, as in S-LoRA (arXiv:2311.03285) and LoRAX:
+# Memory next to the processor is dear, on a GPU above all. So adapters live on three *tiers*, as in the serving engines S-LoRA (arXiv:2311.03285) and LoRAX:
 #
 # | tier | how many here | what it means |
 # | --- | --- | --- |
