@@ -46,7 +46,7 @@ for seed, (task, (name, lang)) in enumerate(tasks.items()):
     print(f"{task}: loss {run.losses[0]:.2f} → {run.losses[-1]:.2f}")
 
 # %% [markdown]
-# How good is each adapter at each task? The measure is the held-out loss in nats a token: lower is better. Read the table along the diagonal first, then look at what a lesson does to a task that it
+# How good is each adapter at each task? The measure is the *held-out loss*, the mean of −log of the probability that each right token gets, on examples that were not trained on (in *nats*, the unit of the natural logarithm): lower is better. Read the table along the diagonal first, then look at what a lesson does to a task that it
 # was not about.
 
 # %%
@@ -183,7 +183,7 @@ def cut_error(S, rank):
 ln.check("10.2", cut_error)
 
 # %% [markdown]
-# Now the cheap way, found in many scripts: average the matrices, $A = \sum A_i$ and $B = \sum B_i$, each with the root of its weight. It keeps the rank, needs no decomposition, and is wrong: $(B_1 + B_2)(A_1 + A_2)$ has two products in
+# Now the cheap way, found in many scripts: add the matrices themselves, $A = \sum A_i$ and $B = \sum B_i$, each with the root of its weight. It keeps the rank, needs no decomposition, and is wrong: $(B_1 + B_2)(A_1 + A_2)$ has two products in
 # it, $B_1 A_2$ and $B_2 A_1$, that nobody has trained. Here are the ways beside the exact sum:
 
 # %%
