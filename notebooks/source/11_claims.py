@@ -75,7 +75,8 @@ judge("C01", {"a gradient has 2 bytes": round(gradients) == 26}, f"{total(THIRTE
 # %% [markdown]
 # Pure arithmetic, and right. A statement that names its model, its type and what it counts can be checked in one line; keep that in mind for the ones that do not.
 #
-# *A layer of 4096 × 4096 trains 65,536 numbers at rank 8, which is 0.4 % of it.* Let `attach` count them, on such a layer.
+# *A layer of 4096 × 4096 trains 65,536 numbers at rank 8, which is 0.4 % of it.* LoRA leaves a weight matrix as it is and adds a product of two thin matrices to it, which alone are
+# trained: A with r rows and B with r columns, where r is the *rank*. Let `attach` count them, on such a layer.
 
 # %%
 layer = torch.nn.Sequential(torch.nn.Linear(4096, 4096, bias=False))
