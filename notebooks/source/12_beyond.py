@@ -101,8 +101,8 @@ figure.suptitle("A training step of Llama 3.1 8B, 1 × 512 tokens, with gradient
 figure
 
 # %% [markdown]
-# Each bar is one way, each colour a part, each dotted line what a card holds. From *full* to LoRA, gradients and optimizer vanish, since hardly anything trains. From 16 to 4 bits it is the weights that shrink. The table above the figure
-# says the same in numbers.
+# Each bar is one way, each colour a part, each dotted line what a card holds. From *full* to LoRA, gradients and optimizer vanish, since hardly anything trains. From 16 to 4 bits it is the weights that shrink. The lines above the
+# figure have the totals in numbers.
 #
 # {{exercise 12.1}}
 #
