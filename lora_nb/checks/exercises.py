@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
     if type(value) in {tuple, list}:
         return type(value)(map(_plain, value))
     if isinstance(value, Rational) and not isinstance(value, int):
-        return int(value) if value.denominator == 1 else float(value)
+        return value.numerator if value.denominator == 1 else float(value)
     if not isinstance(value, torch.Tensor) and hasattr(value, "__array__") and hasattr(value, "item"):
         value = value.item() if not value.ndim else torch.as_tensor(value)
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
