@@ -57,8 +57,9 @@ def latency_by_batch(sweep: LatencySweep) -> Figure:
     for axes, length in zip(panels, lengths, strict=True):
         tables = sorted((t for t in sweep.tables if t.seq_len == length), key=lambda t: t.batch_size)
         batches = [t.batch_size for t in tables]
-        for name, colour in zip((n for n in tables[0].ratios if n != tables[0].reference), COLOURS * 9, strict=False):
-            axes.plot(batches, [t.ratios[name] for t in tables], marker="o", markersize=4, color=colour, label=name)
+        shown = (n for n in tables[0].ratios if n != tables[0].reference)
+        for name, colour, style in zip(shown, COLOURS * 9, ("o-", "s--", "^:", "D-.") * 9, strict=False):
+            axes.plot(batches, [t.ratios[name] for t in tables], style, markersize=4, color=colour, label=name)
             axes.fill_between(batches, [t.spread[name][0] for t in tables], [t.spread[name][1] for t in tables], color=colour, alpha=0.15)
         axes.axhspan(2 - SAME, SAME, color=GREY, alpha=0.2)
         axes.set_xscale("log", base=2)
