@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
     if type(value) in {tuple, list}:
         return type(value)(map(_plain, value))
     if isinstance(value, Rational) and not isinstance(value, int):
-        return value.numerator if value.denominator == 1 else float(value)
+        return int(value.numerator) if value.denominator == 1 else float(value)  # numpy counts its integers as fractions
     if not isinstance(value, torch.Tensor) and hasattr(value, "__array__") and hasattr(value, "item"):
         value = value.item() if not value.ndim else torch.as_tensor(value)
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
