@@ -69,6 +69,8 @@ def break_even(answer: Any) -> str:
             raise Mistake("that is how many numbers the layer has; divide by what one rank costs.")
         if abs(found - 2 * right) < 1:
             raise Mistake("twice too much: A has r × inputs numbers and B has outputs × r, so one rank costs inputs + outputs.")
+        if found % 1 and right - 1 < found <= right:
+            raise Mistake(f"a rank is a whole number, and {found:.4g} is none: round down.")
         if not right - 1 < found <= right:
             low = "Below" if found < right else "Above"
             cost, whole = found * (inputs + outputs), inputs * outputs

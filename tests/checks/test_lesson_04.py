@@ -50,6 +50,7 @@ def test_right(number: str) -> None:
         ("04.1", lambda m, k: m[:, :k], "multiply the cut parts"),
         ("04.1", lambda m, _k: torch.linalg.svd(m), "is a matrix"),
         ("04.1", lambda m, _k: m * 0, "rank 0"),
+        ("04.2", lambda i, o: i * o / (i + o), "round down"),
         ("04.2", min, "long before"),
         ("04.2", lambda i, o: i * o, "what one rank costs"),
         ("04.2", lambda i, o: 2 * i * o // (i + o), "twice too much|size of the layer"),
