@@ -338,7 +338,7 @@ ln.check("09.3", steps_needed)
 # | tier | how many here | what it means |
 # | --- | --- | --- |
 # | device slot | 8 | acts in the batch |
-# | host memory | 32 | read and checked; takes a slot within a moment |
+# | host memory (the computer's own) | 32 | read and checked; takes a slot within a moment |
 # | disk | all 237 | is read in the background, while others are served |
 #
 # When a slot is wanted and none is free, the adapter that nobody uses and that was used longest ago goes down a tier. Ask for one text of each of the 237.
