@@ -149,8 +149,8 @@ ln.check("11.1", largest_rank)
 # %% [markdown]
 # ## 3. Memory
 #
-# *LoRA divides memory by 500* stands in one place of the article and *by 50* in another. Memory of what? A training step holds weights, gradients, the optimizer's state and activations (the values between the layers,
-# kept for the way back). LoRA shrinks the second and the third; the frozen weights stay. Both methods below work in 16 bits with AdamW, on one text of 512 tokens. Watch how the whole step differs from the part that trains.
+# *LoRA divides memory by 500* stands in one place of the article and *by 50* in another. Memory of what? A training step holds weights, gradients, the optimizer's state (AdamW, the usual rule for a step, keeps two running means for each number that trains) and
+# activations (the values between the layers, kept for the way back). LoRA shrinks the second and the third; the frozen weights stay. Both methods below work in 16 bits with AdamW, on one text of 512 tokens. Watch how the whole step differs from the part that trains.
 
 # %%
 LORA = ln.LoraConfig(r=8, target_modules="all-linear")
@@ -283,7 +283,7 @@ print("has a fingerprint of it:", bool(summary.fingerprint))
 #
 # ## 5. Time
 #
-# *LoRA adds no inference latency. Adapters add 15 to 20 %. LoRA only adds matrices, which is very fast.* The model, once with each, writes one token after sixty-four; variants take turns, so that a busy machine
+# *LoRA adds no inference latency. Adapters add 15 to 20 %. LoRA only adds matrices, which is very fast.* (*Latency* is how long one waits for an answer.) The model, once with each, writes one token after sixty-four; variants take turns, so that a busy machine
 # disturbs all of them alike. Look at the times, then at the operations, which are the same on every machine.
 
 # %% tags=["nbval-ignore-output"]
