@@ -332,7 +332,7 @@ found = {f"it is {name}": 14 <= more <= 21 for name, more in added.items()}
 judge("C06", found, reason, f"{measured['latency']['command']}; Hu et al., arXiv:2106.09685, table 1")
 
 # %% [markdown]
-# The figure is right for a bottleneck that writes one token for one reader. With more rows in the batch the same few extra operations are shared by more work, and the price falls. That is why a latency without its
+# The figure is right, or misses by a hair, for a bottleneck that writes one token for one reader. With more rows in the batch the same few extra operations are shared by more work, and the price falls. That is why a latency without its
 # batch size says little.
 #
 # ## 6. Many adapters
@@ -619,7 +619,7 @@ ln.check("11.3", differ)
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-for method, style in {"full": "k-", "LoRA r=16": "C0-", "Houlsby": "C1--", "Pfeiffer": "C2-.", "parallel": "C3:"}.items():
+for method, style in {"full": "k.-", "LoRA r=16": "C0-", "Houlsby": "C1--", "Pfeiffer": "C2-.", "parallel": "C3:"}.items():
     mean = torch.tensor(results["tone"][method]["losses"]).mean(0)
     axes.plot(range(10, len(mean) + 1), mean.unfold(0, 10, 1).mean(1), style, label=method)
 axes.set(xlabel="optimizer step", ylabel="training loss, nats a token", title="tone: five methods, the same batches")
@@ -628,7 +628,7 @@ plt.close(figure)
 figure
 
 # %% [markdown]
-# Each curve is one method; the dash patterns are in the legend. The bottlenecks keep up for some twenty steps and then fall behind. "Faster" is judged by the mean loss over the whole budget, which must be lower than LoRA's for every seed.
+# Each curve is one method; the legend has its dashes, and full fine-tuning has dots on its line. The bottlenecks keep up for some twenty steps and then fall behind. "Faster" is judged by the mean loss over the whole budget, which must be lower than LoRA's for every seed.
 
 # %%
 def mean_losses(method):
