@@ -34,6 +34,7 @@ CHARTS = {
 
 
 def rows(page, selector="table"):
+    page.locator(selector).first.wait_for()  # it is made when it is opened
     return page.eval_on_selector(selector, "t => [...t.rows].map(r => [...r.cells].map(c => c.innerText.trim()))")
 
 
