@@ -23,9 +23,10 @@ lab: .venv/.lab ## install what is missing and open the course in JupyterLab
 # Two processes of one thread each: on two cores that is faster than one process of two, and numbers do not depend on the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+# Bars come after two seconds: on a slow machine in cells whose outputs are compared, so nbval does without.
 test: lint ## everything that CI runs: lint, tests with coverage, notebooks
 	$(PYTEST) --timeout 600 --cov
-	HF_HUB_OFFLINE=1 $(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg \
+	TQDM_DISABLE=1 HF_HUB_OFFLINE=1 $(PYTEST) --nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval.cfg \
 		--junitxml=build/nbval.xml notebooks/
 	$(BIN)/python tools/compared_cells.py build/nbval.xml
 
