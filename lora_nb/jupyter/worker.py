@@ -18,7 +18,7 @@ from lora_nb.training.run import Run, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OFTEN = 0.1  # seconds between two looks at a run: a front end shows no more, and each costs the training a moment
+OFTEN = 1.0  # seconds between two looks at a run: on a laptop the browser that draws them takes its time from the training
 
 
 @dataclasses.dataclass
