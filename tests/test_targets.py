@@ -347,7 +347,7 @@ def test_a_pattern_that_takes_for_ever_is_given_up_within_seconds(field: str) ->
     start = time.perf_counter()
     with pytest.raises(TargetError, match=r"takes longer than 1 s on '.*': write it without nested repeats"):
         attach(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **fields))
-    assert time.perf_counter() - start < 20  # a second of searching, and processes to start on a machine that may be busy
+    assert time.perf_counter() - start < 5
 
 
 # ---- misuse --------------------------------------------------------------------------------------------------------
