@@ -31,6 +31,7 @@ from measure import RESULTS, machine
 
 import lora_nb as ln
 from lora_nb.configs.quant import QuantConfig
+from lora_nb.memory.measured import rise as allocated
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
@@ -159,13 +160,7 @@ def measured(case: Case, quick: bool) -> tuple[int, int, int]:
     next(turns)
     gc.collect()
     before = held()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        next(turns)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
+    highest = allocated(lambda: next(turns))
     return before, before + highest, rise(lambda: next(turns), "cpu")[0]
 
 
