@@ -28,6 +28,7 @@ from lora_nb.checkpoint import fill_part, fit_file
 from lora_nb.errors import AdapterError, AdapterFileError, LoraNbError, nearest
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.layers.mixed import forget
+from lora_nb.thread_pool import give_back
 
 AHEAD = 2  # adapters that are loaded ahead of their turn
 NAME = re.compile(r"[A-Za-z0-9][\w\- ]{0,199}")  # no dot, no slash: it is also the name of a folder
@@ -222,6 +223,7 @@ class Tiers:
                 self._done.put((name, error))
             except Exception as error:  # noqa: BLE001 - a file may break a reader in ways of its own; the thread goes on
                 self._done.put((name, AdapterFileError(f"The adapter {name!r} cannot be read: {type(error).__name__}: {error}.")))
+            give_back()  # else they would slow the server's
             self.wake()
 
     @torch.no_grad()

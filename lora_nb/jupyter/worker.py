@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_nb.configs import TrainConfig
 from lora_nb.datasets import Dataset
+from lora_nb.thread_pool import give_back
 from lora_nb.training.loop import train
 from lora_nb.training.run import Run, Step
 
@@ -57,6 +58,7 @@ class Worker:
     def start(self, job: Job) -> None:
         """Begin; a daemon, so that a kernel that is shut down does not wait for it."""
         self.stopping.clear()
+        give_back()
         self.thread = threading.Thread(target=self._work, args=(job,), name="lora_nb training", daemon=True)
         self.thread.start()
 
