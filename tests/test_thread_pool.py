@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 import lora_nb as ln
 from lora_nb import scheduler, tiers
@@ -82,3 +83,16 @@ def test_server_and_its_loader_give_theirs_back(monkeypatch: pytest.MonkeyPatch,
     with ln.AdapterServer(model, byte_tokenizer(), folder=tmp_path) as server:
         server.submit("a", "one", max_new_tokens=1).result(60)
     assert called == ["MainThread", "lora_nb loader"]
+
+
+def test_the_kernels_main_thread_gives_them_back_after_every_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance()
+    called: list[str] = []
+    monkeypatch.setattr(worker, "give_back", lambda: called.append("given back"))
+    try:
+        worker.Worker(), worker.Worker()
+        shell.run_cell("1")
+    finally:
+        InteractiveShell.clear_instance()
+    assert called == ["given back"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from IPython.core.getipython import get_ipython
 from torch import nn
 
 from lora_nb.configs import TrainConfig
@@ -43,12 +44,20 @@ class Job:
     ended: Callable[[Run | None, BaseException | None], None]
 
 
+def _rest(_: object) -> None:
+    """After a cell: where the kernel hears of clicks in a subshell, that thread could not do it for the main one."""
+    give_back()
+
+
 class Worker:
     """One training at a time, which can be stopped between two steps."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.stopping = threading.Event()
+        shell = get_ipython()
+        if shell is not None:
+            shell.events.register("post_run_cell", _rest)
 
     @property
     def busy(self) -> bool:
