@@ -1,7 +1,7 @@
 """The control panel: a form, what its settings cost, and the training that they mean, with the code for it.
 
-Everything runs where the kernel hears of clicks (its main thread, or a subshell of ipykernel 7) but the training itself, which has a thread of
-its own (`worker.py`).
+Everything runs where the kernel hears of clicks (its main thread, or a subshell of ipykernel 7) but the training itself, which has
+a thread of its own (`worker.py`).
 """
 
 from __future__ import annotations
