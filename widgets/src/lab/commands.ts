@@ -49,6 +49,7 @@ async function newPanel(app: JupyterFrontEnd, cwd: string): Promise<void> {
 async function runChecks(app: JupyterFrontEnd): Promise<void> {
   const front = app.shell.currentWidget as Partial<IDocumentWidget> | null;
   await front?.context?.sessionContext.ready; // a notebook that has just been opened has no kernel to restart yet
+  await front?.context?.sessionContext.session?.kernel?.info; // and one that has not answered once may lose what it is sent as it restarts
   if (app.commands.isEnabled("notebook:restart-run-all")) return void (await app.commands.execute("notebook:restart-run-all"));
   await say("No notebook is in front", "Open a notebook of the course, then run its checks.");
 }
