@@ -14,7 +14,8 @@ import pytest
 
 import lora_nb as ln
 from lora_nb.errors import ServingError
-from lora_nb.http_door import ABSENT, MOST_BYTES, Door, door, read
+from lora_nb.http_door import MOST_BYTES, Door, door
+from lora_nb.http_request import ABSENT, read
 from tests.models import fill
 from tests.test_serving import KINDS, TOKENIZER, alone, made, slow
 from tests.text import byte_llama
