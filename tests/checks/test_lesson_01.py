@@ -6,6 +6,7 @@ import pytest
 
 import lora_nb as ln
 from lora_nb.memory.estimate import estimate
+from tests.checks.judging import is_named, is_right
 
 
 def count(v: int, h: int, f: int, layers: int, k: int) -> int:
@@ -24,10 +25,8 @@ def count(v: int, h: int, f: int, layers: int, k: int) -> int:
     ],
 )
 def test_a_wrong_count_of_parameters(answer: Callable[..., int], said: str) -> None:
-    assert ln.check("01.1", count).passed
-    result = ln.check("01.1", answer)
-    assert result.passed is False
-    assert said in result.message
+    is_right("01.1", count)
+    is_named("01.1", answer, said)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +41,8 @@ def test_a_wrong_count_of_parameters(answer: Callable[..., int], said: str) -> N
     ],
 )
 def test_a_wrong_number(number: str, right: float, wrong: object, said: str) -> None:
-    assert ln.check(number, right).passed
-    result = ln.check(number, wrong)
-    assert result.passed is False
-    assert said in result.message
+    is_right(number, right)
+    is_named(number, wrong, said)
 
 
 def longest(card: str, more: int = 0, **changed: object) -> int:
@@ -65,5 +62,5 @@ def longest(card: str, more: int = 0, **changed: object) -> int:
     ],
 )
 def test_a_wrong_length(answer: Callable[[str], int], said: str) -> None:
-    assert ln.check("01.4", longest).passed
-    assert said in ln.check("01.4", answer).message
+    is_right("01.4", longest)
+    is_named("01.4", answer, said)

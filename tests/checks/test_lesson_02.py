@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 
 class Right(nn.Module):
@@ -45,10 +45,8 @@ class Right(nn.Module):
     ],
 )
 def test_lora_linear(how: str, said: str) -> None:
-    assert ln.check("02.1", Right).passed
-    result = ln.check("02.1", type("Wrong", (Right,), {"how": how}))
-    assert result.passed is False
-    assert said in result.message
+    is_right("02.1", Right)
+    is_named("02.1", type("Wrong", (Right,), {"how": how}), said)
 
 
 def gradients(x: Tensor, g: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -67,14 +65,14 @@ def gradients(x: Tensor, g: Tensor, a: Tensor, b: Tensor, s: float) -> tuple[Ten
     ],
 )
 def test_gradients(answer: Callable[..., object], said: str) -> None:
-    assert ln.check("02.2", gradients).passed
-    assert said in ln.check("02.2", answer).message
+    is_right("02.2", gradients)
+    is_named("02.2", answer, said)
 
 
 @pytest.mark.parametrize(("wrong", "said"), [(108, "usual scale"), (12, "12 / √36 = 2"), (7, "7 / √36"), ("18", "str is none")])
 def test_the_same_factor(wrong: object, said: str) -> None:
-    assert ln.check("02.3", 18).passed
-    assert said in ln.check("02.3", wrong).message
+    is_right("02.3", 18)
+    is_named("02.3", wrong, said)
 
 
 def dora(x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:  # noqa: PLR0917 - as in the lesson
@@ -95,5 +93,5 @@ def dora(x: Tensor, w: Tensor, a: Tensor, b: Tensor, m: Tensor, s: float) -> Ten
     ],
 )
 def test_dora(answer: Callable[..., Tensor], said: str) -> None:
-    assert ln.check("02.4", dora).passed
-    assert said in ln.check("02.4", answer).message
+    is_right("02.4", dora)
+    is_named("02.4", answer, said)

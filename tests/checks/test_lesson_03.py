@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ import lora_nb as ln
     ],
 )
 def test_a_mean_over_tokens(answer: Callable[..., float], said: str) -> None:
-    assert ln.check("03.1", lambda m, c: sum(a * b for a, b in zip(m, c, strict=True)) / sum(c)).passed
-    assert said in ln.check("03.1", answer).message
+    is_right("03.1", lambda m, c: sum(a * b for a, b in zip(m, c, strict=True)) / sum(c))
+    is_named("03.1", answer, said)
 
 
 def chunked(head: Any, hidden: Tensor, labels: Tensor, rows: int, reduction: str = "sum") -> Tensor:
@@ -44,13 +44,13 @@ def chunked(head: Any, hidden: Tensor, labels: Tensor, rows: int, reduction: str
     ],
 )
 def test_a_loss_in_chunks(answer: Callable[..., object], said: str) -> None:
-    assert ln.check("03.2", chunked).passed
-    assert said in ln.check("03.2", answer).message
+    is_right("03.2", chunked)
+    is_named("03.2", answer, said)
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"), [(2.0**-8, "in the middle"), (2.0**-10, "float16"), (0.5, "there is a smaller one"), (2.0**-9, "is 1 again")]
 )
 def test_the_smallest_step(wrong: float, said: str) -> None:
-    assert ln.check("03.3", 0.0078125).passed
-    assert said in ln.check("03.3", wrong).message
+    is_right("03.3", 0.0078125)
+    is_named("03.3", wrong, said)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 
 class Right(nn.Module):
@@ -93,7 +94,7 @@ def stack(x: Tensor, first: Any, second: Any) -> Tensor:
 
 @pytest.mark.parametrize(("number", "answer"), [("05.1", Right), ("05.2", 12 * ONE), ("05.3", stack)])
 def test_right(number: str, answer: Any) -> None:
-    assert ln.check(number, answer).passed, ln.check(number, answer)
+    is_right(number, answer)
 
 
 def test_an_empty_class_is_no_answer() -> None:
@@ -132,6 +133,4 @@ def test_an_empty_class_is_no_answer() -> None:
     ],
 )
 def test_mistakes(number: str, answer: Any, said: str) -> None:
-    result = ln.check(number, answer)
-    assert result.passed is False
-    assert said in result.message, result.message
+    is_named(number, answer, said)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 OUTERMOST = 0.9677083
 
@@ -35,7 +35,7 @@ def normal_3() -> Tensor:
 
 @pytest.mark.parametrize(("number", "answer"), [("06.1", nearest), ("06.2", book), ("06.3", bits), ("06.4", normal_3)])
 def test_right(number: str, answer: Any) -> None:
-    assert ln.check(number, answer).passed, ln.check(number, answer)
+    is_right(number, answer)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,4 @@ def test_right(number: str, answer: Any) -> None:
     ],
 )
 def test_mistakes(number: str, answer: Any, said: str) -> None:
-    result = ln.check(number, answer)
-    assert result.passed is False
-    assert said in result.message, result.message
+    is_named(number, answer, said)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 RIGHT = {"Ana": "dequantized", "Ben": "beside", "Chloé": "requantized"}
 
@@ -45,9 +45,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> float:
     ],
 )
 def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
-    result = ln.check(number, wrong)
-    assert result.passed is False
-    assert said in result.message
+    is_named(number, wrong, said)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +58,4 @@ def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
     ],
 )
 def test_right_answers_pass(number: str, right: Any) -> None:
-    assert ln.check(number, right).passed
+    is_right(number, right)

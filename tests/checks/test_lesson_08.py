@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import lora_nb as ln
+from tests.checks.judging import is_named, is_right
 
 
 def crossover(start: float, row: float, extra_start: float, extra_row: float, limit: float) -> float:
@@ -49,9 +49,7 @@ def unrounded(start: float, row: float, extra_start: float, extra_row: float, li
     ],
 )
 def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
-    result = ln.check(number, wrong)
-    assert result.passed is False
-    assert said in result.message
+    is_named(number, wrong, said)
 
 
 @pytest.mark.parametrize(
@@ -64,4 +62,4 @@ def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
     ],
 )
 def test_right_answers_pass(number: str, right: Any) -> None:
-    assert ln.check(number, right).passed
+    is_right(number, right)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import lora_nb as ln
 from lora_nb.combine import Recipe, blend
+from tests.checks.judging import is_named, is_right
 
 ORDER = {"LoRA and LoRA": True, "Houlsby and Houlsby": False, "LoRA and DoRA": False}
 
@@ -66,9 +66,7 @@ def voted(kept: Tensor, **settings: Any) -> Tensor:
     ],
 )
 def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
-    result = ln.check(number, wrong)
-    assert result.passed is False
-    assert said in result.message
+    is_named(number, wrong, said)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +79,4 @@ def test_mistakes_are_named(number: str, wrong: Any, said: str) -> None:
     ],
 )
 def test_right_answers_pass(number: str, right: Any) -> None:
-    assert ln.check(number, right).passed
+    is_right(number, right)
