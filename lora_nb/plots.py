@@ -87,6 +87,7 @@ def loss_by_rank(report: RankReport) -> Figure:
     axes.set_xticks(marks, [str(r) for r in marks])
     axes.set_xlabel("rank of every module")
     axes.set_ylabel("held-out loss")
+    axes.set_title(f"adapter {report.name!r} cut to each rank: {report.rank} is enough", loc="left", fontsize="medium")
     axes.legend(frameon=False, fontsize="small", loc="upper right")
     return figure
 

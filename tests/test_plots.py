@@ -56,6 +56,7 @@ def test_the_choice_is_marked_on_the_losses() -> None:
     assert line.get_xdata().tolist() == [1, 4, 8]
     assert line.get_ydata().tolist() == [2.5, 2.005, 2.0]
     assert "chosen: 4" in words(figure)
+    assert "cut to each rank: 4 is enough" in words(figure)
 
 
 def test_ranks_lie_by_layer_and_kind() -> None:
