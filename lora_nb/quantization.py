@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_nb.attach import adapters
 from lora_nb.configs import QuantConfig
 from lora_nb.errors import QuantizationError, nearest
+from lora_nb.layers.adapted import AdaptedLayer
 from lora_nb.layers.linear4bit import Linear4bit, dense_weight, is_quantized
 from lora_nb.layers.matrix import is_conv1d
 from lora_nb.layers.nf4 import quantize as quantized
@@ -292,16 +293,18 @@ def _kept(layer: nn.Module) -> Iterable[Tensor]:
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return [weight.data, weight.SCB]
+        moved: Any = layer.state  # where the first forward puts the scales
+        return [weight.data, weight.SCB if weight.SCB is not None else moved.SCB]
     return [weight.data, state.absmax, *([state.state2.absmax] if state.nested else [])]
 
 
 def size(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, those of bitsandbytes' layers, which are neither, too."""
+    """Bytes of all parameters and buffers, adapters' included, and of what bitsandbytes' layers keep, which is neither."""
     seen: dict[int, int] = {}
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values()]
-        own += _kept(module) if is_quantized(module) else []
+        layer = module.base if isinstance(module, AdaptedLayer) else module
+        own += _kept(layer) if is_quantized(layer) else []
         seen |= {t.data_ptr() if t.numel() and not t.is_meta else id(t): t.numel() * t.element_size() for t in own if t is not None}
     return sum(seen.values())
 

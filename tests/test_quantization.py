@@ -20,6 +20,7 @@ from lora_nb.bases import EMBEDDED
 from lora_nb.errors import AdapterError, BaseModelError, ConfigError, QuantizationError
 from lora_nb.layers.linear4bit import Linear4bit, dense_weight
 from lora_nb.layers.nf4 import dequantize, quantize
+from lora_nb.quantization import size
 from tests.models import fill, tiny_gpt2, tiny_llama, token_ids
 
 ALL = {"r": 4, "lora_alpha": 12.0, "target_modules": "all-linear"}
@@ -309,6 +310,16 @@ class TestAdapters:
         ln.detach(model)
         assert torch.equal(logits(model), expected)
         assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+    @pytest.mark.parametrize("kind", ["nf4", "bnb-nf4", "bnb-int8"])
+    def test_size_is_that_of_the_base_and_the_adapters(self, kind: str) -> None:
+        model = wide_llama()
+        alone = ln.quantize(model, ln.QuantConfig(quant_type=kind)).after
+        ln.attach(model, ln.LoraConfig(**ALL))
+        added = sum(p.numel() * p.element_size() for p in ln.parameters(model).values())
+        assert size(model) == alone + added
+        logits(model)  # after which bitsandbytes keeps its scales in another place
+        assert size(model) == alone + added
 
     def test_an_adapter_goes_from_a_quantized_base_to_the_plain_one(self, saved: Path, tmp_path: Path) -> None:
         model, _ = ln.load(saved, quant="nf4", device="cpu")
