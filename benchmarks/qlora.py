@@ -203,7 +203,8 @@ def big_model(*, quick: bool) -> nn.Module:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    from lora_nb.quantization import choose, quantized_layer
+    from lora_nb.quantization import choose
+    from lora_nb.quantized_layers import quantized_layer
 
     config, quant = big_config(quick=quick), ln.QuantConfig()
     with torch.device("meta"):

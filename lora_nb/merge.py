@@ -27,7 +27,7 @@ from lora_nb.errors import AdapterError
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.layers.linear4bit import dense_weight, is_quantized
 from lora_nb.layers.matrix import matrix
-from lora_nb.quantization import dense_layer, requantized_layer
+from lora_nb.quantized_layers import dense_layer, requantized_layer
 from lora_nb.render import html_table, text_table
 
 Into = Literal["dequantized", "original", "requantized"]

@@ -24,7 +24,8 @@ from lora_nb.layers.linear4bit import Linear4bit
 from lora_nb.layers.matrix import is_conv1d
 from lora_nb.layers.quantized import QuantizedTensor
 from lora_nb.origin import remember, sample, samples
-from lora_nb.quantization import bitsandbytes_layers, choose, note_in_config, quantized_layer, refuse_wrong_rows, stands_for
+from lora_nb.quantization import choose, note_in_config
+from lora_nb.quantized_layers import bitsandbytes_layers, quantized_layer, refuse_wrong_rows, stands_for
 
 METHOD = "lora_nb"
 STATE = "quant_state.bitsandbytes__"
