@@ -67,6 +67,7 @@ def _eight_bits(weight: Tensor) -> nn.Module:
     with torch.device("meta"):
         layer: nn.Module = bnb.Linear8bitLt(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=6.0)
     layer.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    layer.dense_dtype = weight.dtype  # type: ignore[assignment]  # a mark: bitsandbytes does not keep it
     return layer
 
 
@@ -146,6 +147,7 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
     if isinstance(module, Linear4bit):
         return module.quantized.dtype
     state: Any = getattr(module.weight, "quant_state", None)
+    # Whoever made an 8-bit layer without us has not said.
     return state.dtype if state is not None else getattr(module, "dense_dtype", torch.float32)
 
 

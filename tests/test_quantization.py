@@ -375,6 +375,17 @@ class TestMerging:
         assert torch.equal(logits(model), expected)
         assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
 
+    @pytest.mark.parametrize("kind", ["nf4", "bnb-nf4", "bnb-int8"])
+    def test_a_base_in_16_bits_stays_in_16_bits(self, kind: str) -> None:
+        model = wide_llama().bfloat16()
+        ln.quantize(model, ln.QuantConfig(quant_type=kind))
+        ln.attach(model, ln.LoraConfig(**ALL))
+        fill(model)
+        expected = logits(model)
+        ln.merge(model)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert (logits(model) - expected).norm() / expected.norm() < 0.05
+
     @pytest.mark.parametrize("kind", ["nf4", "bnb-nf4"])
     def test_requantized_loses_a_small_update_and_says_so(self, kind: str) -> None:
         model = self.adapted(kind, size=0.001)
