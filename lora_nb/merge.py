@@ -27,6 +27,8 @@ from lora_nb.errors import AdapterError
 from lora_nb.layers.adapted import AdaptedLayer, Part, adapted
 from lora_nb.layers.linear4bit import dense_weight, is_quantized
 from lora_nb.layers.matrix import matrix
+from lora_nb.merged_values import kept_dtype, survived, values
+from lora_nb.output_change import change, seen
 from lora_nb.quantized_layers import dense_layer, requantized_layer
 from lora_nb.render import html_table, text_table
 
@@ -104,24 +106,24 @@ def merge(
     if state.merged is not None:
         there = ", ".join(cast("Merged", state.merged).reports)
         raise AdapterError(f"{there} is merged already: unmerge(model) first, then merge all that you want together.")
-    plan = Plan(into, _tensors(original))
+    originals = _originals(into, original)
     with acting(model, wanted):
         chosen = [(path, layer) for path, layer in layers(model) if layer.active]
         for path, layer in chosen:
-            plan.values(path, layer)  # all of them once before any is written
-        seen = _seen(model, [layer for _, layer in chosen], sample)
-        record, survived = Merged({n: state.reports[n] for n in wanted}, state.active), {}
+            values(path, layer, originals)  # all of them once before any is written
+        before = seen(model, [layer for _, layer in chosen], sample)
+        record, arrived = Merged({n: state.reports[n] for n in wanted}, state.active), {}
         for path, layer in chosen:
-            survived[path] = plan.write(record, path, layer)
+            arrived[path] = _write(record, path, layer, into, originals)
     _take_out(model, wanted, record)
     notes = _untie(model, record)
     _say_dense(model, record)
     _close(model, record if keep else None)
-    change = {path: _change(model.get_submodule(path), *seen[layer]) for path, layer in chosen if layer in seen}
-    lost = [path for path, kept in survived.items() if kept < HALF]
+    changes = {path: change(model.get_submodule(path), *before[layer]) for path, layer in chosen if layer in before}
+    lost = [path for path, share in arrived.items() if share < HALF]
     if lost:
-        warnings.warn(f"Less than half of the update is left in {len(lost)} of {len(survived)} modules, such as {lost[0]!r}.", stacklevel=2)
-    return MergeReport(wanted, plan.said(), survived, change, notes)
+        warnings.warn(f"Less than half of the update is left in {len(lost)} of {len(arrived)} modules, such as {lost[0]!r}.", stacklevel=2)
+    return MergeReport(wanted, into if record.modules else "weights", arrived, changes, notes)
 
 
 def unmerge(model: nn.Module) -> AttachReport:
@@ -155,69 +157,38 @@ def unmerge(model: nn.Module) -> AttachReport:
     return next(iter(record.reports.values()))
 
 
-class Plan:
-    """How each layer's new values come about; `originals` are the weights before quantization, where they are asked for."""
+def _originals(into: Into, original: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+    if into not in ("dequantized", "original", "requantized"):
+        raise AdapterError(f"merge(into={into!r}): there are 'dequantized', 'original' and 'requantized'.")
+    if (into == "original") != (original is not None):
+        raise AdapterError("merge(into='original', original=…) needs both: the base before it was quantized, or its state dict.")
+    return dict(original.named_parameters()) if isinstance(original, nn.Module) else original
 
-    def __init__(self, into: Into, originals: Mapping[str, Tensor] | None) -> None:
-        if into not in ("dequantized", "original", "requantized"):
-            raise AdapterError(f"merge(into={into!r}): there are 'dequantized', 'original' and 'requantized'.")
-        if (into == "original") != (originals is not None):
-            raise AdapterError("merge(into='original', original=…) needs both: the base before it was quantized, or its state dict.")
-        self.into, self.originals, self.packed = into, originals, False
 
-    def said(self) -> str:
-        """The report's word for where it went."""
-        return self.into if self.packed else "weights"
+@torch.no_grad()
+def _write(record: Merged, path: str, layer: AdaptedLayer, into: Into, originals: Mapping[str, Tensor] | None) -> float:
+    """Put a layer's new values in place; returns the share of the weight's update that arrived."""
+    before, changed = values(path, layer, originals)
+    if is_quantized(layer.base):
+        record.modules[path], arrived = layer.base, _new_base(layer, changed, into)
+    else:
+        record.tensors[path], arrived = _rounded(layer, changed)
+    return survived(before.get("weight"), changed.get("weight"), arrived)
 
-    @torch.no_grad()
-    def values(self, path: str, layer: AdaptedLayer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Before and after, by name, in fp32 and not yet rounded: of what changes."""
-        before = self._before(path, layer)
-        after = dict(before)
-        for name in layer.active:
-            try:
-                cast("Part", layer.adapters[name]).merge(layer, after)
-            except TypeError as error:
-                raise AdapterError(f"{name!r} cannot be merged into {path!r}: {error}. Nothing was changed.") from error
-        changed = {n: v for n, v in after.items() if v is not before.get(n)}
-        for n, v in changed.items():
-            if not torch.isfinite(v.to(_dtype(layer, n))).all():
-                names = ", ".join(layer.active)
-                raise AdapterError(f"{path}.{n} would hold NaN or infinity with {names!r}: nothing was changed. Train it again.")
-        return before, changed
 
-    def _before(self, path: str, layer: AdaptedLayer) -> dict[str, Tensor]:
-        own = {n: p.detach() for n, p in layer._parameters.items() if p is not None}
-        if is_quantized(layer.base):
-            self.packed = True
-            own["weight"] = dense_weight(layer.base)
-            if self.originals is not None:
-                own["weight"] = _original(self.originals, path, own["weight"], transposed=getattr(layer.base, "was_conv1d", False))
-        return {n: p.float() if p.is_floating_point() else p for n, p in own.items()}
-
-    @torch.no_grad()
-    def write(self, record: Merged, path: str, layer: AdaptedLayer) -> float:
-        """Put the values in place; returns the share of the weight's update that arrived."""
-        before, changed = self.values(path, layer)
-        if is_quantized(layer.base):
-            record.modules[path], arrived = layer.base, self._new_base(layer, changed)
-        else:
-            record.tensors[path], arrived = _rounded(layer, changed)
-        return _survived(before.get("weight"), changed.get("weight"), arrived)
-
-    def _new_base(self, layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> Tensor | None:
-        """A new module beneath the layer; `layer.base` is it from now on."""
-        bias = changed.get("bias", layer._parameters.get("bias"))
-        weight = changed["weight"] if "weight" in changed else dense_weight(layer.base)
-        new = (requantized_layer if self.into == "requantized" else dense_layer)(layer.base, weight, bias)
-        layer.__dict__["base"] = new
-        return matrix(new)
+def _new_base(layer: AdaptedLayer, changed: Mapping[str, Tensor], into: Into) -> Tensor | None:
+    """A new module beneath the layer; `layer.base` is it from now on."""
+    bias = changed.get("bias", layer._parameters.get("bias"))
+    weight = changed["weight"] if "weight" in changed else dense_weight(layer.base)
+    new = (requantized_layer if into == "requantized" else dense_layer)(layer.base, weight, bias)
+    layer.__dict__["base"] = new
+    return matrix(new)
 
 
 def _rounded(layer: AdaptedLayer, changed: Mapping[str, Tensor]) -> tuple[dict[str, Tensor | None], Tensor | None]:
     """The values in the types of what they replace, put in place; returns what stood there, and the new weight."""
     old = {n: layer._parameters.get(n, layer._buffers.get(n)) for n in changed}
-    new = {n: v.detach().to(_dtype(layer, n), copy=True) for n, v in changed.items()}
+    new = {n: v.detach().to(kept_dtype(layer, n), copy=True) for n, v in changed.items()}
     _set(layer, {n: v if n in layer._buffers else nn.Parameter(v, requires_grad=False) for n, v in new.items()})
     return old, new.get("weight")
 
@@ -226,36 +197,6 @@ def _set(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         table: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
         table[name] = tensor
-
-
-def _dtype(layer: AdaptedLayer, name: str) -> torch.dtype:
-    """The type in which the layer keeps the tensor of that name."""
-    kept = layer._parameters.get(name, layer._buffers.get(name))
-    like = kept if kept is not None else next(p for p in layer._parameters.values() if p is not None)
-    return like.dtype
-
-
-def _tensors(original: nn.Module | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-    return dict(original.named_parameters()) if isinstance(original, nn.Module) else original
-
-
-def _original(originals: Mapping[str, Tensor], path: str, dense: Tensor, *, transposed: bool) -> Tensor:
-    """(out, in); `transposed` says that the layer was transformers' Conv1D, which stores (in, out)."""
-    found = originals.get(f"{path}.weight")
-    found = found.T if found is not None and transposed else found
-    if found is None or found.shape != dense.shape:
-        have = "none" if found is None else f"one of {tuple(found.shape)}"
-        raise AdapterError(f"original has {have} for {path}.weight, {tuple(dense.shape)}: give the base that was quantized.")
-    return found.detach().to(dense.device)
-
-
-def _survived(before: Tensor | None, wanted: Tensor | None, arrived: Tensor | None) -> float:
-    """⟨what was added, what should have been⟩ / ‖what should have been‖²."""
-    if before is None or wanted is None or arrived is None or wanted.shape != before.shape:
-        return 1.0
-    update = wanted - before
-    size = float(update.square().sum())
-    return float(((arrived.float() - before) * update).sum()) / size if size else 1.0
 
 
 def _take_out(model: nn.Module, names: Sequence[str], record: Merged) -> None:
@@ -329,49 +270,3 @@ def _close(model: nn.Module, record: Merged | None) -> None:
         release(model, state)
         if record is None:
             delattr(model, STATE)
-
-
-@torch.no_grad()
-def _seen(model: nn.Module, chosen: Sequence[AdaptedLayer], sample: Any) -> dict[AdaptedLayer, tuple[Tensor, Tensor]]:
-    """What each layer gets and gives with the adapters acting, on the sample."""
-    inputs = _inputs(model) if sample is None else sample
-    if inputs is None:
-        return {}
-    seen: dict[AdaptedLayer, tuple[Tensor, Tensor]] = {}
-
-    def note(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if len(args) == 1 and isinstance(output, Tensor):
-            seen[cast("AdaptedLayer", layer)] = (args[0], output)
-
-    modes = {m: m.training for m in model.modules()}
-    hooks = [layer.register_forward_hook(note) for layer in chosen]
-    try:
-        model.eval()
-        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, training in modes.items():
-            m.training = training
-    return seen
-
-
-def _inputs(model: nn.Module) -> dict[str, Tensor] | None:
-    """64 tokens spread over a language model's vocabulary."""
-    config = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if not size:
-        return None
-    device = next(model.parameters()).device
-    ids = (torch.arange(64, device=device) * 7919 % size)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else inputs
-
-
-@torch.no_grad()
-def _change(module: nn.Module, x: Tensor, y: Tensor) -> float:
-    """‖y′ − y‖ / ‖y‖."""
-    mode, module.training = module.training, False
-    difference = module(x).float() - y.float()
-    module.training = mode
-    return float(difference.norm() / y.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
