@@ -14,7 +14,7 @@ import torch
 from lora_nb.configs import BottleneckConfig, LoraConfig
 from lora_nb.configs.quant import QuantConfig
 from lora_nb.errors import ConfigError, TargetError, nearest
-from lora_nb.memory.block import Adapters, Way
+from lora_nb.memory.kept import Adapters, Way
 from lora_nb.memory.shapes import Linear, Shape, Stack
 from lora_nb.targets import is_left_out, layer_number, named, parts_of, rank_and_scale
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lora_nb.configs import BottleneckConfig, LoraConfig
-from lora_nb.memory.block import Adapters, Kept, Walk
+from lora_nb.memory.block import Walk
+from lora_nb.memory.kept import Adapters, Kept
 from lora_nb.memory.setting import FEW, Setting, by_size, quantized_bytes
 from lora_nb.memory.shapes import Linear, Stack
 from lora_nb.render import format_bytes
