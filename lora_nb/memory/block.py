@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_nb.memory.kept import Adapters, Operations, Way
+from lora_nb.memory.kept import Adapters, Tape, Way
 from lora_nb.memory.shapes import Linear, Shape, Stack
 
 FUSED = ("llama", "mistral", "qwen2", "qwen3")  # whose MLPs and norms `fusing.py` knows …
 FUSED_ATTENTION = ("llama", "mistral", "qwen2")  # … and whose projections
 
 
-class Walk(Operations):
+class Walk(Tape):
     """One pass through a block, in the order of its operations."""
 
     def __init__(

@@ -86,7 +86,7 @@ def _sum(counts: dict[str, float]) -> str:
     return " + ".join(f"{count:g}{of}" for of, count in counts.items() if count)
 
 
-class Operations:
+class Tape:
     """Operations one after the other, and what is kept of them so far; `flows` has the tensors that get a gradient."""
 
     def __init__(
