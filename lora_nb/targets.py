@@ -69,7 +69,7 @@ def low_rank_targets(model: nn.Module, config: LoraConfig, modules: Mapping[str,
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         wanted = [name for name in all_linear(model, modules, config.task_type) if not left_out(name)]
     candidates = [name for name in modules if name and not left_out(name)]
-    found = [name for name in candidates if named(name, wanted) and _layer_wanted(name, config)]
+    found = [name for name in candidates if named(name, wanted) and layer_wanted(name, config)]
     if wanted != ():
         _refuse_idle_names(config, wanted or (), candidates, found, modules)
     return [_target(name, modules[name], config, modules) for name in found]
@@ -136,7 +136,8 @@ def layer_number(path: str, patterns: Sequence[str] | None) -> int | None:
     return None
 
 
-def _layer_wanted(path: str, config: LoraConfig) -> bool:
+def layer_wanted(path: str, config: LoraConfig) -> bool:
+    """Whether it lies in one of `layers_to_transform`."""
     layers: Sequence[int] | None = config.layers_to_transform  # type: ignore[assignment]
     # PEFT asks no layer number of a module that is named by its whole path.
     return layers is None or path in (config.target_modules or ()) or layer_number(path, config.layers_pattern) in layers

@@ -16,7 +16,7 @@ from lora_nb.configs.quant import QuantConfig
 from lora_nb.errors import ConfigError, TargetError, nearest
 from lora_nb.memory.kept import Adapters, Way
 from lora_nb.memory.shapes import Linear, Shape, Stack
-from lora_nb.targets import is_left_out, layer_number, named, parts_of, rank_and_scale
+from lora_nb.targets import is_left_out, layer_wanted, named, parts_of, rank_and_scale
 
 Config = LoraConfig | BottleneckConfig | Literal["full"] | None
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
@@ -211,7 +211,7 @@ def ranks(shape: Shape, config: LoraConfig) -> dict[str, int]:
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         found = [path for path in shape.linears() if not is_left_out(config, path)]
     else:
-        found = [path for path in there if not is_left_out(config, path) and named(path, wanted) and _layer_wanted(path, config)]
+        found = [path for path in there if not is_left_out(config, path) and named(path, wanted) and layer_wanted(path, config)]
         for part in parts_of(wanted):
             if not any(named(path, part) for path in found):
                 word = part if isinstance(part, str) else part[0]
@@ -225,11 +225,6 @@ def ranks(shape: Shape, config: LoraConfig) -> dict[str, int]:
                 f"module its own with rank_pattern={{{path.rsplit('.', 1)[-1]!r}: …}}."
             )
     return chosen
-
-
-def _layer_wanted(path: str, config: LoraConfig) -> bool:
-    layers: Sequence[int] | None = config.layers_to_transform  # type: ignore[assignment]
-    return layers is None or path in (config.target_modules or ()) or layer_number(path, config.layers_pattern) in layers
 
 
 def quantized_bytes(linear: Linear, quant: QuantConfig, element: int) -> int:
