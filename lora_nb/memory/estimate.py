@@ -220,11 +220,12 @@ def _title(s: Setting) -> str:
     base = s.shape.name + (f" in {s.quant.quant_type}" if s.quant else "")
     if s.config is None:
         return f"{base}, generation, {s.batch_size} × {s.seq_len:,} tokens"
-    method = {"full": "full fine-tuning"}.get(s.config) if isinstance(s.config, str) else _method(s.config)
+    method = {"full": "full fine-tuning"}.get(s.config) if isinstance(s.config, str) else method_name(s.config)
     return f"{base}, {method}, {s.batch_size} × {s.seq_len:,} tokens"
 
 
-def _method(config: LoraConfig | BottleneckConfig) -> str:
+def method_name(config: LoraConfig | BottleneckConfig) -> str:
+    """As the title of an estimate has it."""
     if isinstance(config, BottleneckConfig):
         return f"bottleneck adapters 1/{config.reduction_factor}"
     return f"{'DoRA' if config.use_dora else 'LoRA'} r={config.r}"

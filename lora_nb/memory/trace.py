@@ -20,6 +20,7 @@ from lora_nb.blocks import IGNORE
 from lora_nb.configs import BottleneckConfig, LoraConfig
 from lora_nb.errors import ConfigError, TraceError, nearest
 from lora_nb.memory.dry_run import Plan, generation, training_steps
+from lora_nb.memory.estimate import method_name
 from lora_nb.memory.ledger import Blank, Ledger
 from lora_nb.memory.report import Estimate
 from lora_nb.memory.setting import MOST
@@ -187,10 +188,9 @@ def _name(model_or_id: object, model: nn.Module) -> str:
 
 
 def _method(config: Config) -> str:
-    if isinstance(config, LoraConfig):
-        return f"{'DoRA' if config.use_dora else 'LoRA'} r={config.r}"
-    names = {"full": "full fine-tuning", "attached": "as it is", None: "generation"}
-    return "bottleneck adapters" if isinstance(config, BottleneckConfig) else names[config]
+    if isinstance(config, LoraConfig | BottleneckConfig):
+        return method_name(config)
+    return {"full": "full fine-tuning", "attached": "as it is", None: "generation"}[config]
 
 
 def _sizes(given: Mapping[str, Tensor]) -> str:
