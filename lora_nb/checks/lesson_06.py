@@ -10,8 +10,6 @@ from torch import Tensor
 from lora_nb.checks.exercises import Mistake, exercise, value_of
 from lora_nb.layers.quantized import nf4_levels
 
-EVEN = torch.linspace(-1, 1, 16)
-
 
 @exercise(
     "06.1",
