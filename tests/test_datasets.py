@@ -21,7 +21,7 @@ import lora_nb as ln
 from lora_nb import datasets
 from lora_nb.blocks import IGNORE, Block, batches, encode_text, prompt_of, start_ids
 from lora_nb.errors import ConfigError, DatasetError
-from tests.text import BOS, EOS, PAD, byte_llama, byte_tokenizer
+from tests.text import BOS, EOS, PAD, byte_llama, byte_tokenizer, stored
 
 TOKENIZERS = {"bos": byte_tokenizer(), "no bos": byte_tokenizer(bos=False)}
 PAIRS = [("one", "eins"), ("two", "zwei"), ("three", "drei")]
@@ -32,12 +32,6 @@ written = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer(request):
     return TOKENIZERS[request.param]
-
-
-def stored(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 # ---- what is built in ------------------------------------------------------------------------------------------------

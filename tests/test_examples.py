@@ -7,12 +7,7 @@ import pytest
 import lora_nb as ln
 from lora_nb.errors import DatasetError
 from lora_nb.examples import PAIR_COLUMNS
-
-
-def stored(folder: Path, name: str, content: str | bytes) -> Path:
-    path = folder / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
+from tests.text import stored
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,10 @@ from lora_nb.attach import weights
 from lora_nb.layers.kernels import kernel, tried
 from lora_nb.training.loss import loss_sum, token_losses
 from tests.models import fill, tiny_gpt2, tiny_llama, token_ids
-from tests.text import byte_llama, byte_tokenizer
+from tests.text import PAIRS, byte_llama, byte_tokenizer
 
 pytestmark = pytest.mark.gpu
 TOKENIZER = byte_tokenizer()
-WORDS = ["to", "and", "from", "under", "beyond", "through", "something", "quite a long prompt", "no", "yes"]
-PAIRS = ln.dataset([(word, word[::-1] * (1 + i % 3)) for i, word in enumerate(WORDS)])
 LORA = ln.LoraConfig(r=8, lora_alpha=20, target_modules="all-linear")
 
 

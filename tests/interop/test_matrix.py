@@ -19,6 +19,7 @@ import lora_nb as ln
 from lora_nb.adapter_files import PREFIX
 from lora_nb.attach import parts
 from lora_nb.errors import AdapterError, TargetError
+from tests.interop.conftest import trained
 from tests.interop.zoo import ZOO, Kind, run
 
 DAILY = ("names",)
@@ -85,15 +86,6 @@ def settings(model: str, config: str) -> dict:
 
 def under_peft(model: str, config: str) -> nn.Module:
     return peft.get_peft_model(ZOO[model].make(), peft.LoraConfig(**settings(model, config), fan_in_fan_out=model == "gpt2"))
-
-
-@torch.no_grad()
-def trained(model: nn.Module) -> nn.Module:
-    """As if it were: all that trains is moved by some of its own size."""
-    for p in {id(p): p for p in model.parameters() if p.requires_grad}.values():
-        size = p.std() if p.numel() > 1 and p.std() > 0 else (1 / max(p.shape)) ** 0.5
-        p.add_(torch.randn_like(p) * size * 0.5)
-    return model
 
 
 def output(model: nn.Module) -> Tensor:

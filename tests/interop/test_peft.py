@@ -15,7 +15,7 @@ from torch import nn
 import lora_nb as ln
 from lora_nb.attach import adapters
 from lora_nb.errors import AdapterError, AdapterFileError
-from tests.interop.conftest import Case, gap, lora_parameters, train
+from tests.interop.conftest import Case, gap, lora_parameters, train, trained
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT says of its own doings; everything else is an error in these tests.
@@ -210,15 +210,6 @@ def quiet_peft() -> Iterator[None]:
         for words in SAID:
             warnings.filterwarnings("ignore", words)
         yield
-
-
-@torch.no_grad()
-def trained(model: nn.Module) -> nn.Module:
-    """As if it were: all that trains is moved, a magnitude or a whole module by some of its own size."""
-    for p in {id(p): p for p in model.parameters() if p.requires_grad}.values():
-        size = p.std() if p.numel() > 1 and p.std() > 0 else (1 / max(p.shape)) ** 0.5
-        p.add_(torch.randn_like(p) * size * 0.5)
-    return model
 
 
 @pytest.mark.usefixtures("quiet_peft")

@@ -17,11 +17,9 @@ from lora_nb.errors import OutOfMemoryError, TrainingError
 from lora_nb.training import loop, memory_use
 from lora_nb.training.precision import Precision, default_precision
 from tests.models import peft_twin
-from tests.text import byte_llama, byte_tokenizer
+from tests.text import PAIRS, byte_llama, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-WORDS = ["to", "and", "from", "under", "beyond", "through", "something", "quite a long prompt", "no", "yes"]
-PAIRS = ln.dataset([(word, word[::-1] * (1 + i % 3)) for i, word in enumerate(WORDS)])
 LORA = ln.LoraConfig(r=4, lora_alpha=12)
 
 

@@ -17,10 +17,8 @@ import lora_nb as ln
 from lora_nb.errors import TrainingError
 from lora_nb.training import distributed, loop
 from lora_nb.training.sampler import Sampler
-from tests.text import PAD, byte_llama, byte_tokenizer
+from tests.text import PAD, PAIRS, byte_llama, byte_tokenizer
 
-WORDS = ["to", "and", "from", "under", "beyond", "through", "something", "quite a long prompt", "no", "yes"]
-PAIRS = ln.dataset([(word, word[::-1] * (1 + i % 3)) for i, word in enumerate(WORDS)])
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,12 +21,11 @@ from lora_nb.errors import DatasetError, TrainingError
 from lora_nb.training import loop
 from lora_nb.training.sampler import Sampler, order, total_steps
 from tests.models import fill, peft_twin
-from tests.text import PAD, byte_llama, byte_tokenizer
+from tests.text import PAD, PAIRS, byte_llama, byte_tokenizer
+from tests.training.stopping import interrupt, stop_at
 
 TOKENIZER = byte_tokenizer()
 LORA = ln.LoraConfig(r=4, lora_alpha=12)
-WORDS = ["to", "and", "from", "under", "beyond", "through", "something", "quite a long prompt", "no", "yes"]
-PAIRS = ln.dataset([(word, word[::-1] * (1 + i % 3)) for i, word in enumerate(WORDS)])
 quick = settings(max_examples=60, deadline=None, database=None)
 
 
@@ -334,14 +333,6 @@ def test_rows_of_like_length_share_a_batch() -> None:
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
-
-
-def stop_at(number: int, answer: Callable[[], object]) -> Callable[[ln.Step], object]:
-    return lambda step: answer() if step.step == number else None
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def after_two_steps() -> dict[str, torch.Tensor]:

@@ -18,11 +18,10 @@ from torch import nn
 
 import lora_nb as ln
 from lora_nb.errors import TrainingError
-from tests.text import byte_llama, byte_tokenizer
+from tests.text import PAIRS, byte_llama, byte_tokenizer
+from tests.training.stopping import interrupt, stop_at
 
 TOKENIZER = byte_tokenizer()
-WORDS = ["to", "and", "from", "under", "beyond", "through", "something", "quite a long prompt", "no", "yes"]
-PAIRS = ln.dataset([(word, word[::-1] * (1 + i % 3)) for i, word in enumerate(WORDS)])
 DROPPING = ln.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.3)
 
 
@@ -42,14 +41,6 @@ def train(settings: ln.TrainConfig, *callbacks, lora: ln.LoraConfig = DROPPING, 
     model = model or adapted(lora)
     run = ln.train(model, TOKENIZER, PAIRS, settings, eval_dataset=PAIRS[:3], callbacks=callbacks)
     return run, {name: p.detach().clone() for name, p in ln.parameters(model).items()}
-
-
-def stop_at(number: int, answer):
-    return lambda step: answer() if step.step == number else None
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def terminate() -> None:
