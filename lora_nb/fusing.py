@@ -3,6 +3,8 @@
 Within `fused(model)` such modules have a `forward` beside that of their class. It asks at each call whether all is as it has to be:
 gradients are wanted, everything is fp32, the base is frozen, the adapters are no more than s · B A, nothing is hooked into the
 block. Else, and for generating, the class' own runs. That the two agree is tried once for each class, on a small block.
+
+LoRA around a layer in four bits is one such block, too, in 16 bits on a GPU: `layers/lora_gpu.py` has it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 
 from lora_nb.layers.adapted import AdaptedLayer
 from lora_nb.layers.fused import GatedMlp, Low, RmsNorm, RotatedQkv
+from lora_nb.layers.linear4bit import Linear4bit
 from lora_nb.layers.lora import LoraWeights
+from lora_nb.layers.lora_gpu import over_four_bits, suits_four_bits
 
 MANY = 128  # tokens from which on it pays
 SILU = {"SiLU", "SiLUActivation"}
@@ -39,6 +43,8 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 def known(module: nn.Module) -> Callable[..., Any] | None:
     """The other `forward` of the module's class, if there is one and it computes the same."""
+    if isinstance(module, AdaptedLayer):
+        return linear4bit_forward if type(module.base) is Linear4bit else None
     kind = type(module)
     forward = FORWARDS.get(kind.__name__)
     if forward is None or not kind.__module__.startswith("transformers.models."):
@@ -88,6 +94,16 @@ def attention_forward(
     return self.o_proj(y.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
+def linear4bit_forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
+    """Of a layer in four bits with one adapter: none of x is copied for the adapter's sake."""
+    part, base = lone(self), self.base
+    if part is None or not torch.is_grad_enabled() or len(args) != 1 or kwargs or not (isinstance(base, Linear4bit) and is_bare(base)):
+        return type(self).forward(self, *args, **kwargs)
+    if not suits_four_bits(args[0], part.lora_A, base.compute_dtype):
+        return type(self).forward(self, *args)
+    return over_four_bits(args[0], base.quantized, base.bias, (part.lora_A, part.lora_B, part.scaling))
+
+
 FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"), norm_forward),
     **dict.fromkeys(("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"), mlp_forward),
@@ -129,12 +145,16 @@ def low(layer: Any) -> Low | None:
         return None
     if base is layer or not (layer.active or layer.routing):
         return Low(w, bias, None, None, 1.0)
+    part = lone(layer)
+    return None if part is None or part.lora_A.dtype != torch.float32 else Low(w, bias, part.lora_A, part.lora_B, part.scaling)
+
+
+def lone(layer: AdaptedLayer) -> LoraWeights | None:
+    """The one adapter that acts in a layer, if that is s · B A and no more."""
     if len(layer.active) != 1 or layer.routing is not None:
         return None
     part = layer.adapters[layer.active[0]]
-    if type(part) is not LoraWeights or part.replaces or part.beside() or part.lora_A.dtype != torch.float32:
-        return None
-    return Low(w, bias, part.lora_A, part.lora_B, part.scaling)
+    return None if type(part) is not LoraWeights or part.replaces or part.beside() else part
 
 
 @cache

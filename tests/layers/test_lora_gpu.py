@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
+import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lora_nb as ln
+from lora_nb.attach import weights
+from lora_nb.fusing import fused
 from lora_nb.layers import lora_gpu
 from lora_nb.layers.kernels import kernel
-from lora_nb.layers.lora_gpu import LoraProduct16, product, suits
+from lora_nb.layers.linear4bit import Linear4bit
+from lora_nb.layers.lora_gpu import LoraProduct16, over_four_bits, product, suits, suits_four_bits
 from lora_nb.layers.lora_linear import lora_linear
+from lora_nb.layers.nf4 import dequantize, quantize
 from tests.triton import interpreted
 
 S = 2.5
@@ -100,6 +107,147 @@ def test_the_quicker_way_is_taken(quick: bool, monkeypatch: pytest.MonkeyPatch) 
     product(x[1:], w, bias, a, b, S)
     product(x, w, bias, *(torch.randn(s) for s in ((lora_gpu.MOST + 1, 12), (20, lora_gpu.MOST + 1))), S)
     assert len(keys) == 2  # too few rows, too large a rank: not even measured
+
+
+# ---- over four bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_gradients_over_four_bits_are_those_of_finite_differences(double: bool) -> None:
+    x, w, bias, a, b = (t.requires_grad_(i != 1) for i, t in enumerate(tensors((5, 12, 20, 3), torch.float64)))
+    packed = quantize(w.float(), double_quant=double)
+    assert torch.autograd.gradcheck(lambda *own: LoraProduct16.apply(own[0], packed, *own[1:], S), (x, bias, a, b))
+    y = LoraProduct16.apply(x, packed, bias, a, b, S)
+    torch.testing.assert_close(y, LoraProduct16.apply(x, dequantize(packed, torch.float64), bias, a, b, S), rtol=0, atol=0)
+
+
+class Net(nn.Module):
+    """One linear layer, where PEFT finds it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def in_four_bits(*, double: bool = True, compute=torch.bfloat16, **more) -> Net:
+    """A layer of ours, 128 → 64, with LoRA around it."""
+    torch.manual_seed(0)
+    layer = Linear4bit(128, 64, compute_dtype=compute)
+    layer.hold(quantize(torch.randn(64, 128), double_quant=double))
+    nn.init.normal_(layer.bias.requires_grad_(False))
+    net = Net(layer)
+    ln.attach(net, ln.LoraConfig(r=4, lora_alpha=12, target_modules=["layer"], **more))
+    for part in weights(net, "default").values():
+        nn.init.normal_(part.lora_B, std=0.3)
+    return net.train()
+
+
+def of_peft(ours: Net, double: bool) -> nn.Module:
+    """The same weights and adapter in PEFT around bitsandbytes."""
+    layer, part = ours.layer, weights(ours, "default")["layer"]
+    state = layer.quantized.state_dict("weight")
+    theirs = bnb.nn.Linear4bit(128, 64, bias=True, quant_type="nf4", compute_dtype=torch.bfloat16, compress_statistics=double)
+    parts = {key.removeprefix("weight."): t for key, t in state.items() if key != "weight"}
+    theirs.weight = bnb.nn.Params4bit.from_prequantized(state["weight"], parts, device="cpu", module=theirs)
+    theirs.bias.data.copy_(layer.bias)
+    net = Net(theirs)
+    net.is_loaded_in_4bit = True
+    made = peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=12, target_modules=["layer"]), net)
+    for name in ("lora_A", "lora_B"):
+        getattr(made.layer, name)["default"].weight.data.copy_(getattr(part, name))
+    return made.train()
+
+
+def learnt(net: nn.Module, *, autocast: torch.dtype | None = torch.bfloat16, dtype=torch.bfloat16) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and gradients of x, A and B; and what autograd kept that is large and not x itself."""
+    x = torch.randn(3, 50, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    params = [p for n, p in net.named_parameters() if "lora_" in n]
+    kept: dict[int, Tensor] = {}
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+    with keeping, torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y = net(x)
+    loss = (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
+    grads = torch.autograd.grad(loss, [x, *params])
+    return [y.detach(), *grads], [t for t in kept.values() if t.numel() >= y.numel() and t.data_ptr() != x.data_ptr()]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU on the CPU, where PyTorch's operators do its work."""
+    monkeypatch.setattr(lora_gpu, "DEVICES", {"cpu"})
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("double", [False, True])
+def test_over_four_bits_it_is_what_it_was_and_what_peft_has_to_rounding_and_keeps_less(double: bool) -> None:
+    net = in_four_bits(double=double)
+    plain, kept = learnt(net)
+    theirs, _ = learnt(of_peft(net, double))
+    with fused(net):
+        ours, mine = learnt(net)
+    for one, other, peers in zip(ours, plain, theirs, strict=True):
+        assert one.dtype == other.dtype
+        for twin in (other, peers):
+            assert (one.float() - twin.float()).abs().max() <= 2e-2 * twin.float().abs().max()
+    assert kept
+    assert not mine
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_autocast_all_has_one_type(dtype: torch.dtype) -> None:
+    net = in_four_bits(compute=None)
+    for part in weights(net, "default").values():
+        part.to(dtype)
+    plain = learnt(net, autocast=None, dtype=dtype)[0]
+    with fused(net):
+        for one, other in zip(learnt(net, autocast=None, dtype=dtype)[0], plain, strict=True):
+            assert one.dtype == other.dtype == dtype
+            assert (one.float() - other.float()).abs().max() <= 2e-2 * other.float().abs().max()
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_more_than_that_goes_its_old_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_nb.fusing.over_four_bits", lambda *_: pytest.fail("taken"))
+    changes = [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+    for net, settings in [(in_four_bits(**change), {}) for change in changes] + [
+        (in_four_bits(), {"autocast": None}),  # an adapter in 32 bits around products in 16
+        (in_four_bits(), {"autocast": None, "dtype": torch.float32}),
+    ]:
+        with fused(net):
+            learnt(net, **settings)
+    net, twin = in_four_bits(), in_four_bits()
+    twin.layer.base.register_forward_hook(lambda _module, _inputs, y: y * 2)
+    ln.attach(net, ln.LoraConfig(r=2, lora_alpha=5, target_modules=["layer"]), "second")
+    ln.set_active(net, ["default", "second"])
+    for model in (net, twin):
+        with fused(model):
+            learnt(model)
+    with fused(twin), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        twin(torch.randn(2, 128))
+    ln.set_active(net, [])
+    with fused(net), torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(2, 128))
+
+
+def test_on_a_cpu_it_is_not_taken() -> None:
+    x, _, _, a, _ = tensors((5, 12, 20, 3), torch.bfloat16)
+    assert not suits_four_bits(x, a, None)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_lowest_layers_weight_is_not_dequantized_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(lora_gpu, "dequantize", lambda *given: calls.append(given) or dequantize(*given))
+    x, w, bias, a, b = tensors((5, 128, 20, 3), torch.bfloat16)
+    for learns, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        y = over_four_bits(x.detach().requires_grad_(learns), quantize(w), bias, (a.requires_grad_(), b, S))
+        y.sum().backward()
+        assert len(calls) == expected
 
 
 @pytest.mark.gpu
