@@ -4,7 +4,7 @@
 
 Peers are interleaved in one process, on the same weights, with the same adapter, whose outputs are first shown to be equal; ratios are
 medians over the rounds. Memory is measured in a process for each. Ours is always the public loop, `ln.steps` or `ln.train`.
-The last section is a ladder from a loop as one writes it first to everything that there is (`ladder.py`).
+The last section is a ladder from a loop as one writes it first to everything that there is (`ladder.py`). Of a GPU `gpu.py` tells more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def step_time(shape: str, tokens: int, targets: tuple[str, str], setting: Settin
     return rows
 
 
-def compared(measure: str, times: Times, peer: str, threads: int | None, target: str, *, more: str = "") -> Line:
+def compared(measure: str, times: Times, peer: str, threads: int, target: str, *, more: str = "") -> Line:
     low, high = times.spread("lora_nb", peer)
     said = f"middle half {low:.3f} to {high:.3f}; {1000 * times.median('lora_nb'):.1f} ms"
     return Line(measure, threads, times.ratio("lora_nb", peer), target, f"{said}; {more}" if more else said)
@@ -90,20 +90,20 @@ def tone(setting: Setting) -> list[Line]:
 
 def memory(setting: Setting) -> list[Line]:
     """Growth over the step: 27M type with a vocabulary of 32,000, 2,048 tokens, each in a process of its own."""
-    ours, theirs = (alone(growth, peer, setting.shape("27M, 32k"), 8, 256, "cpu")[0] for peer in ("lora_nb", "PEFT"))
+    ours, theirs = (alone(growth, peer, setting.shape("27M, 32k"), 8, 256) for peer in ("lora_nb", "PEFT"))
     note = f"{ours / 2**20:.0f} and {theirs / 2**20:.0f} MiB"
     return [Line("growth of memory over the step, 27M type, 32k vocabulary, 2,048 tokens / PEFT", 1, ours / theirs, "≤ 0.6", note)]
 
 
-def growth(peer: str, shape: str, batch: int, length: int, device: str) -> tuple[int, int]:
-    """Over two steps, after a small one that loads what libraries load late; and the peak."""
+def growth(peer: str, shape: str, batch: int, length: int) -> int:
+    """Over two steps, after a small one that loads what libraries load late."""
     torch.set_num_threads(1)
-    base = llama(shape, device)
-    ids = torch.randint(3, base.config.vocab_size, (batch, length), device=device)
+    base = llama(shape)
+    ids = torch.randint(3, base.config.vocab_size, (batch, length))
     model, make = dict(zip(("lora_nb", "PEFT"), zip(adapted(base, ids[:, :8]), (our_steps, peft_steps), strict=True), strict=True))[peer]
     make(model, ids[:1, :8])()
     step = make(model, ids)
-    return rise(lambda: (step(), step()), device)
+    return rise(lambda: (step(), step()), "cpu")[0]
 
 
 def decode(setting: Setting) -> list[Line]:
@@ -123,27 +123,6 @@ def decode(setting: Setting) -> list[Line]:
     return rows
 
 
-def cuda(setting: Setting) -> list[Line]:
-    """Llama-3.2-1B's shape in bf16, 4 × 1,024 tokens: time side by side, peak memory each alone."""
-    title = "CUDA, Llama-3.2-1B shape, bf16, 4 × 1,024 tokens"
-    if not torch.cuda.is_available():
-        return [
-            Line(f"{title}: {what} / PEFT", None, None, target, "not measured: no GPU")
-            for what, target in (("time", "≤ 0.75"), ("peak", "≤ 0.6"))
-        ]
-    base, length = llama(setting.shape("1B"), "cuda"), 64 if setting.quick else 1024
-    ids = torch.randint(3, base.config.vocab_size, (4, length), device="cuda")
-    ours, theirs = adapted(base, ids)
-    times = interleaved({"lora_nb": our_steps(ours, ids), "PEFT": peft_steps(theirs, ids)}, rounds=setting.rounds(20))
-    del base, ours, theirs
-    mine, other = (alone(growth, peer, setting.shape("1B"), 4, length, "cuda")[1] for peer in ("lora_nb", "PEFT"))
-    note = f"{mine / 2**30:.2f} and {other / 2**30:.2f} GiB, on {torch.cuda.get_device_name()}"
-    return [
-        compared(f"{title}: time / PEFT", times, "PEFT", None, "≤ 0.75"),
-        Line(f"{title}: peak / PEFT", None, mine / other, "≤ 0.6", note),
-    ]
-
-
 def climb(setting: Setting) -> list[Line]:
     """The ladder: tokens a second, growth and peak of memory at each rung."""
     rows = []
@@ -161,7 +140,6 @@ SECTIONS: dict[str, Callable[[Setting], list[Line]]] = {
     "tone": tone,
     "memory": memory,
     "decode": decode,
-    "cuda": cuda,
     "ladder": climb,
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SECTIONS = {"step-27M": 2, "step-5.8M": 2, "tone": 2, "memory": 1, "decode": 2, "cuda": 2, "ladder": 8}  # lines of each, at one thread
+SECTIONS = {"step-27M": 2, "step-5.8M": 2, "tone": 2, "memory": 1, "decode": 2, "ladder": 8}  # lines of each, at one thread
 
 
 @pytest.mark.slow
