@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_nb.layers import cross_entropy
+from lora_nb.layers.kernels import launching_at
 
 BLOCK = 4096  # logits at a time
 
@@ -65,9 +66,12 @@ def _kernel(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0917 - as Triton
 
 def loss_and_gradient(u: Tensor, goals: Tensor, scale: float = 1.0, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """L, fp32, and ∂L/∂u, in u's own memory and type."""
+    assert u.stride(1) == goals.stride(0) == 1
     losses = torch.empty(len(u), dtype=torch.float32, device=u.device)
     if len(u):
-        _kernel[(len(u),)](u, goals, losses, u.stride(0), u.shape[1], scale, cap or 1.0, capped=cap is not None, block=BLOCK, num_warps=8)
+        given = (u, goals, losses, u.stride(0), u.shape[1], scale, cap or 1.0)
+        with launching_at(u):
+            _kernel[(len(u),)](*given, capped=cap is not None, block=BLOCK, num_warps=8)
     return losses.sum(), u
 
 

@@ -65,8 +65,8 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: 
     given = (x, w, bias, a, b, s)
     fast = kernel("lora_triton", x.device) if len(x) >= MANY and len(a) <= MOST else None
     if fast is not None:
-        key = (x.device, x.dtype, len(x).bit_length(), w.shape, w.stride(), len(a))
-        if quicker(key, partial(fast.product, *given), partial(by_steps, *given)):
+        key = (x.dtype, len(x).bit_length(), w.shape, w.stride(), len(a))
+        if quicker(x.device, key, partial(fast.product, *given), partial(by_steps, *given)):
             return fast.product(*given)  # type: ignore[no-any-return]
     return by_steps(*given)
 

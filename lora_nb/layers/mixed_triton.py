@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_nb.layers.kernels import launching_at
 from lora_nb.layers.ways import Plan, gathered
 
 TILE = 8192  # numbers of A or B for one program, in all
@@ -83,8 +84,9 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, whose: Tensor) -> T
     block = TILE // ranks
     pieces = triton.cdiv(width, block)
     h = torch.empty(pieces, tokens, rank, dtype=torch.float32, device=x.device)
-    _shrink[(tokens, pieces)](x.contiguous(), a, whose, h, width, rank, ranks=ranks, block=block)
-    _expand[(tokens, triton.cdiv(out, block))](h, b, whose, y, out, rank, pieces, ranks=ranks, block=block)
+    with launching_at(y):
+        _shrink[(tokens, pieces)](x.contiguous(), a, whose, h, width, rank, ranks=ranks, block=block)
+        _expand[(tokens, triton.cdiv(out, block))](h, b, whose, y, out, rank, pieces, ranks=ranks, block=block)
     return y
 
 

@@ -97,7 +97,7 @@ def test_the_quicker_way_is_taken(quick: bool, monkeypatch: pytest.MonkeyPatch) 
             return "kernel", "h"
 
     monkeypatch.setattr(lora_gpu, "kernel", lambda name, _: Fast if name == "lora_triton" else None)
-    monkeypatch.setattr(lora_gpu, "quicker", lambda key, ours, theirs: keys.append((key, ours()[0], theirs()[0].shape)) or quick)
+    monkeypatch.setattr(lora_gpu, "quicker", lambda _, key, ours, theirs: keys.append((key, ours()[0], theirs()[0].shape)) or quick)
     x, w, bias, a, b = tensors((lora_gpu.MANY, 12, 20, 3), torch.float32)
     for rows, s in ((x, S), (torch.cat([x, x[1:]]), S)):
         found = product(rows, w, bias, a, b, s)[0]
