@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_nb.layers.kernels import launching_at
 from lora_nb.layers.lora_gpu import by_steps
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of y, and of a piece along `in`
@@ -45,6 +46,7 @@ def _kernel(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0917 - as Triton
     b_out,  # noqa: ANN001
     b_rank,  # noqa: ANN001
     biased: tl.constexpr,
+    whole: tl.constexpr,  # pieces along `in`
     rows: tl.constexpr,
     columns: tl.constexpr,
     depth: tl.constexpr,
@@ -60,14 +62,21 @@ def _kernel(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0917 - as Triton
     tile = within // height
     column = tile.to(tl.int64) * columns + tl.arange(0, columns)
     one, along = tl.arange(0, ranks), tl.arange(0, depth)
+    # Moved on by a step each time: a place counted from the start of a large W would not fit into 32 bits.
+    x_at = x + row * x_row + along[None, :] * x_in
+    w_at = w + column[None, :] * w_out + along[:, None] * w_in
+    a_at = a + one[None, :] * a_rank + along[:, None] * a_in
     total, low = tl.zeros((rows, columns), dtype=tl.float32), tl.zeros((rows, ranks), dtype=tl.float32)
     for start in range(0, width, depth):
-        k = start + along
-        xs = tl.load(x + row * x_row + k[None, :] * x_in, mask=(row < n) & (k[None, :] < width), other=0.0)
-        ws = tl.load(w + column[None, :] * w_out + k[:, None] * w_in, mask=(column[None, :] < out) & (k[:, None] < width), other=0.0)
-        part = tl.load(a + one[None, :] * a_rank + k[:, None] * a_in, mask=(one[None, :] < rank) & (k[:, None] < width), other=0.0)
+        inside = (along < width - start) | whole
+        xs = tl.load(x_at, mask=(row < n) & inside[None, :], other=0.0)
+        ws = tl.load(w_at, mask=(column[None, :] < out) & inside[:, None], other=0.0)
+        part = tl.load(a_at, mask=(one[None, :] < rank) & inside[:, None], other=0.0)
         total = tl.dot(xs, ws, total, input_precision="ieee")
         low = tl.dot(xs, part, low, input_precision="ieee")
+        x_at += depth * x_in
+        w_at += depth * w_in
+        a_at += depth * a_in
     inner = low.to(h.dtype.element_ty)
     up = tl.load(b + column[None, :] * b_out + one[:, None] * b_rank, mask=(column[None, :] < out) & (one[:, None] < rank), other=0.0)
     total += s * tl.dot(inner, up, input_precision="ieee")
@@ -82,32 +91,34 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: 
     """y (n, out) and h (n, r), in x's type, from x (n, in), W (out, in), bias (out,), A (r, in) and B (out, r)."""
     (n, width), out, rank = x.shape, len(w), len(a)
     y, h = x.new_empty(n, out), x.new_empty(n, rank)
-    _kernel[(triton.cdiv(n, ROWS) * triton.cdiv(out, COLUMNS),)](
-        x,
-        w,
-        x if bias is None else bias,
-        a,
-        b,
-        y,
-        h,
-        n,
-        out,
-        width,
-        rank,
-        s,
-        *x.stride(),
-        *w.stride(),
-        *a.stride(),
-        *b.stride(),
-        biased=bias is not None,
-        rows=ROWS,
-        columns=COLUMNS,
-        depth=DEPTH,
-        ranks=max(LEAST, triton.next_power_of_2(rank)),
-        strips=STRIPS,
-        num_warps=8,
-        num_stages=3,
-    )
+    with launching_at(y):
+        _kernel[(triton.cdiv(n, ROWS) * triton.cdiv(out, COLUMNS),)](
+            x,
+            w,
+            x if bias is None else bias,
+            a,
+            b,
+            y,
+            h,
+            n,
+            out,
+            width,
+            rank,
+            s,
+            *x.stride(),
+            *w.stride(),
+            *a.stride(),
+            *b.stride(),
+            biased=bias is not None,
+            whole=width % DEPTH == 0,
+            rows=ROWS,
+            columns=COLUMNS,
+            depth=DEPTH,
+            ranks=max(LEAST, triton.next_power_of_2(rank)),
+            strips=STRIPS,
+            num_warps=8,
+            num_stages=3,
+        )
     return y, h
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 
 HALF, WHOLE = "*bf16", "*fp32"
-LORA = {"rows": 128, "columns": 128, "depth": 64, "ranks": 16, "strips": 8}
+LORA = {"whole": True, "rows": 128, "columns": 128, "depth": 64, "ranks": 16, "strips": 8}
 FORWARD, BACKWARD = (dict.fromkeys(names, 1) for names in (("x_in", "w_in", "a_in", "b_rank"), ("x_in", "w_out", "a_rank", "b_out")))
 # Of each kernel: types of arguments that are no bf16 tensors and no int32, constants, and options of the launch.
 KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any], dict[str, int]]] = {
     "nf4": (
         "nf4_triton._kernel",
-        {"packed": "*u8", "absmax": "*u8", "levels": WHOLE, "nested_code": WHOLE, "nested_absmax": WHOLE, "offset": "fp32", "n": "i32"},
-        {"block_size": 64, "nested_block_size": 256, "nested": True, "count": 1024},
-        {},
+        {"packed": "*u8", "absmax": "*u8", "levels": WHOLE, "nested_code": WHOLE, "nested_absmax": WHOLE, "offset": "fp32"}
+        | dict.fromkeys(("size", "n"), "i32"),
+        {"block_size": 64, "nested_block_size": 256, "nested": True, "blocks": 32, "count": 32},
+        {"enable_fp_fusion": False},
     ),
     **{
         f"loss, capped={capped}": (
