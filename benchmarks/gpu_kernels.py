@@ -38,7 +38,7 @@ def nf4(bench: Bench) -> None:
         parts = q.state_dict("weight")
         state = bnb.QuantState.from_dict({key: part for key, part in parts.items() if key != "weight"}, bench.device)
         if not torch.equal(dequantize(q).cpu(), dequantize_textbook(q.to("cpu"))):
-            raise SystemExit(f"NF4 of {shape}: not the bits of the CPU. Nothing more is measured.")
+            raise SystemExit(f"NF4 of {shape}: not the bits of the CPU, so not measured.")
         same = torch.equal(dequantize(q), bnb.dequantize_4bit(q.packed, state))
         copies = [copy.deepcopy((q, state)) for _ in range(COPIES)]
         ours = kept([partial(dequantize, mine) for mine, _ in copies])
@@ -124,7 +124,7 @@ def mixed(bench: Bench) -> None:
         }
         ours, theirs = (ways[name](*sets[0]).float() for name in ("lora_nb", "loop"))
         if (ours - theirs).abs().max() > 2e-2 * theirs.abs().max():
-            raise SystemExit(f"{count} adapters in a batch: not what a loop gives. Nothing more is measured.")
+            raise SystemExit(f"{count} adapters in a batch: not what a loop gives, so not measured.")
         times = bench.times({name: kept([partial(way, *given) for given in sets]) for name, way in ways.items()})
         title = f"decode of {tokens} rows, {width}², r={R}, {count} adapters, in a CUDA graph"
         note = f"{1e6 * times.median('lora_nb'):.1f} and {1e6 * times.median('plain'):.1f} µs"

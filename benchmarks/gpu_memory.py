@@ -69,27 +69,36 @@ def memory(bench: Bench) -> None:
     """`estimate` and `trace_memory` against what torch's allocator held at most."""
     errors: dict[str, list[float]] = {"estimate": [], "trace_memory": []}
     cases = bench.size(CASES, [replace(CASES[0], batch_size=2, seq_len=64)])
-    for case in cases:
-        if bench.is_late():
-            break
-        try:
-            found = held(case, bench)
-        except (RuntimeError, LoraNbError) as error:
-            found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
-        free(bench.on)
-        title = f"{case.model}, r={case.config.r}, {case.quant or 'bf16'}, {case.batch_size} × {case.seq_len}"
-        title += ", checkpointing" if case.gradient_checkpointing else ""
-        if measured_bytes := found.get("measured"):
-            for name, values in errors.items():
-                if name in found:
-                    found[f"{name}, error in %"] = round(100 * (found[name] / measured_bytes - 1), 2)
-                    values.append(abs(found[f"{name}, error in %"]))
-        bench.cases.append({"case": title} | found)
-        print(f"  {title}: {found}", flush=True)
-    for name, target in (("estimate", "≤ 5"), ("trace_memory", "≤ 3")):
-        values = errors[name]
-        note = f"{len(values)} of {len(cases)} configurations, worst {max(values):.1f} %" if values else "not measured: no GPU"
-        bench.add(f"{name} against max_memory_allocated: median error in %", statistics.median(values) if values else None, target, note)
+    try:
+        for case in cases:
+            if bench.is_late():
+                break
+            one(case, bench, errors)
+    finally:  # what was found is told, whatever came then
+        for name, target in (("estimate", "≤ 5"), ("trace_memory", "≤ 3")):
+            values = errors[name]
+            note = f"{len(values)} of {len(cases)} configurations, worst {max(values):.1f} %" if values else "not measured: no GPU"
+            bench.add(
+                f"{name} against max_memory_allocated: median error in %", statistics.median(values) if values else None, target, note
+            )
+
+
+def one(case: Case, bench: Bench, errors: dict[str, list[float]]) -> None:
+    """One case, noted in full; its errors in per cent are put with those of the others."""
+    try:
+        found = held(case, bench)
+    except (RuntimeError, LoraNbError) as error:
+        found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    free(bench.on)
+    title = f"{case.model}, r={case.config.r}, {case.quant or 'bf16'}, {case.batch_size} × {case.seq_len}"
+    title += ", checkpointing" if case.gradient_checkpointing else ""
+    if measured_bytes := found.get("measured"):
+        for name, values in errors.items():
+            if name in found:
+                found[f"{name}, error in %"] = round(100 * (found[name] / measured_bytes - 1), 2)
+                values.append(abs(found[f"{name}, error in %"]))
+    bench.cases.append({"case": title} | found)
+    print(f"  {title}: {found}", flush=True)
 
 
 def held(case: Case, bench: Bench) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,26 @@ from measure import Line, Times, interleaved
 
 Run = Callable[[], object]
 NEEDED = 60  # seconds that a section takes at least
+
+
+class Late(Exception):  # noqa: N818 - not a failure
+    """The time was over in the midst of a measurement."""
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """Within, `Late` is raised when that time has come, and again every few seconds should someone swallow it."""
+
+    def ring(*_: object) -> None:
+        raise Late("the time was over")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, deadline - time.monotonic()), 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Stopwatch:
@@ -123,4 +145,5 @@ def free(on: str) -> None:
     """What nobody holds goes back to the device."""
     gc.collect()
     if on == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # a kernel that went astray leaves a device that does nothing any more
+            torch.cuda.empty_cache()

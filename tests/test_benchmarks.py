@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,54 @@ def test_gpu_at_a_tiny_size_on_a_cpu(tmp_path: Path) -> None:
     assert found["kernels"].keys() == {"nf4_triton", "cross_entropy_triton", "lora_triton", "mixed_triton"}
     assert {"processor", "torch", "peft", "bitsandbytes", "date"} <= found["machine"].keys()
     assert found["memory"][0]["estimate"] > found["memory"][0]["trace_memory"] / 2 > 0
+
+
+FAILING = """
+import time
+
+import gpu
+import on_gpu
+
+def ends(bench):
+    bench.add("half of it", 1.0)
+    raise SystemExit("not the bits of the CPU")
+
+def raises(bench):
+    raise KeyError("a name that a library has changed")
+
+def short_of_time(bench):
+    bench.add("NF4", 2.0)
+    bench.deadline, on_gpu.NEEDED = time.monotonic() + 2, 1
+
+def takes_long(bench):
+    while True:
+        time.sleep(0.1)
+
+gpu.SECTIONS = {"ends": ends, "raises": raises, "nf4": short_of_time, "takes long": takes_long, "late": raises}
+gpu.tries = lambda bench: {}
+gpu.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_gpu_tells_what_failed_and_loses_nothing_else(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    words = [sys.executable, "-c", FAILING, "--cpu", "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": f"{BENCHMARKS}:{BENCHMARKS.parent}"}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, env=env)
+    assert done.returncode == 1
+    assert "Not measured, for reasons in the table: ends, raises, takes long." in done.stderr
+    found = json.loads(out.read_text())
+    assert [(row["measure"], row["value"], row["note"]) for row in found["rows"]] == [
+        ("half of it", 1.0, ""),
+        ("ends", None, "failed: SystemExit: not the bits of the CPU"),
+        ("raises", None, "failed: KeyError: 'a name that a library has changed'"),
+        ("NF4", 2.0, ""),
+        ("takes long", None, "failed: Late: the time was over"),
+        ("late", None, "left out: the time was over"),
+    ]
+    assert {"torch", "transformers", "date"} <= found["machine"].keys()
 
 
 @pytest.mark.slow
