@@ -101,7 +101,8 @@ def linear4bit_forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
     if not suits_four_bits(args[0], part.lora_A, base.compute_dtype):
         return type(self).forward(self, *args)
-    return over_four_bits(args[0], base.quantized, base.bias, (part.lora_A, part.lora_B, part.scaling))
+    dropout = part.dropout if part.training else 0.0
+    return over_four_bits(args[0], base.quantized, base.bias, (part.lora_A, part.lora_B, part.scaling), dropout)
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {
@@ -146,15 +147,17 @@ def low(layer: Any) -> Low | None:
     if base is layer or not (layer.active or layer.routing):
         return Low(w, bias, None, None, 1.0)
     part = lone(layer)
-    return None if part is None or part.lora_A.dtype != torch.float32 else Low(w, bias, part.lora_A, part.lora_B, part.scaling)
+    if part is None or part.beside() or part.lora_A.dtype != torch.float32:
+        return None
+    return Low(w, bias, part.lora_A, part.lora_B, part.scaling)
 
 
 def lone(layer: AdaptedLayer) -> LoraWeights | None:
-    """The one adapter that acts in a layer, if that is s · B A and no more."""
+    """The one adapter that acts in a layer, if that is s · B A, perhaps with dropout, and no more."""
     if len(layer.active) != 1 or layer.routing is not None:
         return None
     part = layer.adapters[layer.active[0]]
-    return None if type(part) is not LoraWeights or part.replaces or part.beside() else part
+    return None if type(part) is not LoraWeights or part.replaces or part.more() else part
 
 
 @cache

@@ -17,7 +17,9 @@ import lora_nb as ln
 from lora_nb import fusing
 from lora_nb.fusing import FORWARDS, MANY, agrees, fused
 from lora_nb.layers import fused as layers
+from lora_nb.layers import lora_gpu
 from tests.models import VOCABULARY, fill, tiny_gpt2, tiny_llama, token_ids
+from tests.text import byte_llama, byte_tokenizer
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -186,6 +188,31 @@ def test_without_gradients_or_with_few_tokens_the_models_own_code_runs(monkeypat
         assert not seen
         model(input_ids=token_ids(1, MANY), use_cache=True)  # a cache holds keys as the model's own code turns them
         assert seen == {"RmsNorm", "GatedMlp"}
+
+
+def test_over_four_bits_training_in_16_bits_goes_the_way_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU taken for one: the losses stay, and every adapted layer goes that way, also when blocks are computed again."""
+    calls: list[Any] = []
+    plain = fusing.over_four_bits
+    monkeypatch.setattr(fusing, "over_four_bits", lambda *given: calls.append(given[1]) or plain(*given))
+
+    def losses(**changes: Any) -> list[float]:
+        model = byte_llama()
+        ln.quantize(model, ln.QuantConfig(compute_dtype=torch.bfloat16))
+        torch.manual_seed(0)
+        ln.attach(model, ln.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+        pairs = ln.dataset([("to", "and"), ("from", "under")] * 4)
+        config = ln.TrainConfig(max_steps=3, batch_size=4, seq_len=64, learning_rate=1e-2, precision="bf16", **changes)
+        return ln.train(model, byte_tokenizer(), pairs, config).losses
+
+    expected = losses()
+    assert not calls
+    monkeypatch.setattr(lora_gpu, "DEVICES", {"cpu"})
+    assert losses() == pytest.approx(expected, rel=1e-2)
+    once = len(calls)
+    assert once == 3 * len({w.packed.data_ptr() for w in calls})
+    assert losses(gradient_checkpointing=True) == pytest.approx(expected, rel=1e-2)
+    assert len(calls) == 3 * once
 
 
 def test_a_copy_made_meanwhile_works_by_itself() -> None:

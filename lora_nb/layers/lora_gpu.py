@@ -12,6 +12,7 @@ the work is measured, once for each shape. h (n, r) is kept for the way back: it
 
 A weight in four bits (QLoRA; Dettmers et al., 2023, arXiv:2305.14314, equation 5) is the same with Ŵ for W. Ŵ lives for the length of one
 product and is made again on the way back, in memory that CUDA's allocator hands from one layer to the next: what is kept is x and h.
+With dropout D, h = D(x) Aᵀ, and what A adds to ∂L/∂x has its gaps; that is done by PyTorch's operators.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_nb.layers.dropout import dropout_mask, random_state
 from lora_nb.layers.kernels import kernel, quicker
 from lora_nb.layers.nf4 import dequantize
 from lora_nb.layers.quantized import QuantizedTensor
@@ -35,12 +37,19 @@ HALVES = {torch.bfloat16, torch.float16}
 
 
 class LoraProduct16(torch.autograd.Function):
-    """(x, W, b, A, B, s) → y, all of one type; W may be in four bits, which have none."""
+    """(x, W, b, A, B, s, p) → y, all of one type; W may be in four bits, which have none. p is the probability of dropout on A's input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | QuantizedTensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float) -> Tensor:  # noqa: PLR0917 - as autograd calls it
-        y, h = product(x, dense(w, x.dtype), bias, a, b, s)
-        ctx.s, ctx.packed = s, w if isinstance(w, QuantizedTensor) else None  # frozen, so autograd need not watch it
+    def forward(  # noqa: PLR0917 - as autograd calls it
+        ctx: Any, x: Tensor, w: Tensor | QuantizedTensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float, p: float = 0.0
+    ) -> Tensor:
+        ctx.state, ctx.s, ctx.p = random_state(x) if p else None, s, p
+        ctx.packed = w if isinstance(w, QuantizedTensor) else None  # frozen, so autograd need not watch it
+        if p:
+            h = F.dropout(x, p) @ a.T
+            y = F.linear(x, dense(w, x.dtype), bias).addmm_(h, b.T, alpha=s)
+        else:
+            y, h = product(x, dense(w, x.dtype), bias, a, b, s)
         ctx.save_for_backward(x, None if isinstance(w, QuantizedTensor) else w, a, b, h)
         return y
 
@@ -48,11 +57,17 @@ class LoraProduct16(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, h = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
+        for_x, _, for_bias, *_ = ctx.needs_input_grad
+        mask = None if ctx.state is None else dropout_mask(ctx.state, x, x.dtype, ctx.p)
+        dx: Tensor | None = None
+        if for_x and mask is None:
             dx, gb = product(g, dense(ctx.packed or w, g.dtype).T, None, b.T, a.T, ctx.s)
         else:
-            dx, gb = None, g @ b
-        return dx, None, g.sum(0) if ctx.needs_input_grad[2] else None, (gb.T @ x).mul_(ctx.s), (g.T @ h).mul_(ctx.s), None
+            gb = g @ b
+            if for_x:
+                dx = (g @ dense(ctx.packed or w, g.dtype)).add_((gb @ a).mul_(mask), alpha=ctx.s)
+        seen = x if mask is None else mask.mul_(x)
+        return dx, None, g.sum(0) if for_bias else None, (gb.T @ seen).mul_(ctx.s), (g.T @ h).mul_(ctx.s), None, None
 
 
 def dense(w: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -82,13 +97,15 @@ def suits(x: Tensor, w: Tensor, a: Tensor, dropout: float) -> bool:
     return x.device.type == "cuda" and x.dtype in HALVES and x.dtype == w.dtype == a.dtype and not dropout
 
 
-def over_four_bits(x: Tensor, w: QuantizedTensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float]) -> Tensor:
+def over_four_bits(
+    x: Tensor, w: QuantizedTensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float], dropout: float = 0.0
+) -> Tensor:
     """y (…, out) for x (…, in), in the type of the products: autocast's, or that of all that is given. `low_rank` is (A, B, s)."""
     (a, b, s), device = low_rank, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
         rows, bias, a, b = (None if t is None else t.to(dtype) for t in (x.reshape(-1, x.shape[-1]), bias, a, b))  # type: ignore[assignment]
-        y: Tensor = LoraProduct16.apply(rows, w, bias, a, b, s)  # type: ignore[no-untyped-call]
+        y: Tensor = LoraProduct16.apply(rows, w, bias, a, b, s, dropout)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_nb.layers.dropout import dropout_mask, random_state
 from lora_nb.layers.lora_gpu import LoraProduct16, suits
 
 MANY = 1024  # rows from which on V pays
@@ -106,22 +107,6 @@ def parts(x: Tensor) -> list[slice]:
     """The rows of x in turn: all at once on a GPU."""
     rows = ROWS if x.device.type == "cpu" else max(1, len(x))
     return [slice(at, at + rows) for at in range(0, len(x), rows)]
-
-
-def random_state(x: Tensor) -> Tensor:
-    """Of the generator that dropout on x draws from."""
-    return torch.cuda.get_rng_state(x.device) if x.device.type == "cuda" else torch.get_rng_state()
-
-
-def dropout_mask(state: Tensor, x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
-    """What dropout multiplied x by when the generator was in that state; the generator is left as it is now."""
-    now, device = random_state(x), x.device
-    put = (lambda to: torch.cuda.set_rng_state(to, device)) if device.type == "cuda" else torch.set_rng_state
-    put(state)
-    try:
-        return F.dropout(torch.ones_like(x, dtype=dtype), p)
-    finally:
-        put(now)
 
 
 def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor, float], dropout: float = 0.0) -> Tensor:

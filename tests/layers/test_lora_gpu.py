@@ -121,6 +121,29 @@ def test_the_gradients_over_four_bits_are_those_of_finite_differences(double: bo
     torch.testing.assert_close(y, LoraProduct16.apply(x, dequantize(packed, torch.float64), bias, a, b, S), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_dropout_the_gradients_are_those_of_the_mask_that_was_drawn(packed: bool) -> None:
+    x, w, bias, a, b = (t.requires_grad_(i != 1) for i, t in enumerate(tensors((5, 12, 20, 3), torch.float64)))
+    given = quantize(w.float()) if packed else w
+    w = dequantize(given, torch.float64) if packed else w
+
+    def ours(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return LoraProduct16.apply(x, given, bias, a, b, S, 0.4)
+
+    torch.manual_seed(7)
+    seen = nn.functional.dropout(x, 0.4)
+    expected = x @ w.T + bias + S * seen @ a.T @ b.T
+    after = torch.rand(1)
+    y = ours(x, bias, a, b)
+    assert torch.rand(1) == after
+    state = torch.get_rng_state()
+    pairs = [[z, *torch.autograd.grad(z.sin().sum(), (x, bias, a, b))] for z in (y, expected)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(*pairs)
+    assert torch.autograd.gradcheck(ours, (x, bias, a, b))
+
+
 class Net(nn.Module):
     """One linear layer, where PEFT finds it."""
 
@@ -210,9 +233,23 @@ def test_without_autocast_all_has_one_type(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_dropout_over_four_bits_acts_while_it_trains_and_keeps_no_mask() -> None:
+    net, plain = in_four_bits(lora_dropout=0.4), learnt(in_four_bits())[0]
+    with fused(net):
+        torch.manual_seed(1)
+        (once, *_), kept = learnt(net)
+        torch.manual_seed(1)
+        assert torch.equal(once, learnt(net)[0][0])
+        assert not torch.equal(once, learnt(net)[0][0])
+        assert not kept
+        for one, other in zip(learnt(net.eval())[0], plain, strict=True):
+            assert (one.float() - other.float()).abs().max() <= 2e-2 * other.float().abs().max()
+
+
+@pytest.mark.usefixtures("here")
 def test_what_is_more_than_that_goes_its_old_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_nb.fusing.over_four_bits", lambda *_: pytest.fail("taken"))
-    changes = [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+    changes = [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
     for net, settings in [(in_four_bits(**change), {}) for change in changes] + [
         (in_four_bits(), {"autocast": None}),  # an adapter in 32 bits around products in 16
         (in_four_bits(), {"autocast": None, "dtype": torch.float32}),
