@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from torch import nn
 
 import lora_nb as ln
 from lora_nb.attach import weights
+from lora_nb.fusing import fused
 from lora_nb.layers.kernels import kernel, tried
+from lora_nb.layers.linear4bit import Linear4bit
+from lora_nb.layers.lora_linear import lora_linear
+from lora_nb.layers.nf4 import dequantize, quantize
 from lora_nb.training.loss import loss_sum, token_losses
 from tests.models import fill, tiny_gpt2, tiny_llama, token_ids
 from tests.text import PAIRS, byte_llama, byte_tokenizer
@@ -131,6 +136,86 @@ def test_over_four_bits_an_adapter_learns(kind: str) -> None:
     ln.attach(model, LORA)
     run = ln.train(model, tokenizer, ln.dataset("tone")[:64], ln.TrainConfig(max_steps=12, batch_size=8, seq_len=64, learning_rate=2e-3))
     assert sum(run.losses[-3:]) < sum(run.losses[:3])
+
+
+def over_four_bits(model: nn.Module, *, fuse: bool) -> tuple[list[torch.Tensor], int]:
+    """Loss and gradients of a step in bf16, and the bytes that autograd keeps between its two passes."""
+    ids = torch.randint(3, 250, (4, 128), generator=torch.Generator().manual_seed(0)).cuda()
+    with fused(model) if fuse else nullcontext():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_sum(model, ids, ids)
+        kept = torch.cuda.memory_allocated() - before
+        return [loss.detach(), *torch.autograd.grad(loss, list(ln.parameters(model).values()))], kept
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_lora_over_four_bits_is_layer_and_adapter_one_after_the_other_and_keeps_less(double: bool) -> None:
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("a GPU without bfloat16")
+    model = ln.load("tiny", quant=ln.QuantConfig(double_quant=double), device="cuda")[0]
+    ln.attach(model, LORA)
+    fill(model)
+    over_four_bits(model.train(), fuse=True)  # the first step measures
+    (ours, mine), (theirs, plain) = (over_four_bits(model, fuse=fuse) for fuse in (True, False))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other.float()).abs().max() <= 5e-2 * other.float().abs().max()
+    assert mine < plain
+
+
+# ---- devices, streams, graphs ----------------------------------------------------------------------------------------
+
+
+def kernels_results(device: str) -> list[torch.Tensor]:
+    """Of each kernel as the package reaches it: NF4, a loss, LoRA's product and its gradients."""
+    draw = torch.Generator().manual_seed(0)
+    w, x, labels = torch.randn(256, 192, generator=draw), torch.randn(600, 192, generator=draw), torch.arange(600) % 256
+    low_rank = (torch.full((8, 192), 0.1), torch.ones(256, 8))
+    w, x, a, b = (t.to(device, torch.float16).requires_grad_(i > 0) for i, t in enumerate((w, x, *low_rank)))
+    y = lora_linear(x, w, None, (a, b, 0.5))
+    goals, fast = labels.to(device), kernel("cross_entropy_triton", x.device)
+    assert fast is not None
+    found = [y, *torch.autograd.grad(y.float().square().sum(), (x, a, b)), dequantize(quantize(w, double_quant=True))]
+    return [t.detach() for t in (*found, *fast.loss_and_gradient(y.detach().clone(), goals))]
+
+
+def test_on_another_stream_the_results_are_the_same() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    expected, side = kernels_results("cuda"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = kernels_results("cuda")
+    side.synchronize()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * float(other.float().abs().max()))
+
+
+def test_on_a_gpu_that_is_not_the_current_one_the_results_are_the_same() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    state = torch.cuda.get_rng_state(0)
+    found = kernels_results("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(torch.cuda.get_rng_state(0), state)
+    for one, other in zip(found, kernels_results("cuda:0"), strict=True):
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-2, atol=1e-2 * float(other.float().abs().max()))
+
+
+def test_a_cuda_graph_holds_a_layer_in_four_bits() -> None:
+    layer = Linear4bit(256, 128, bias=False, compute_dtype=torch.float16)
+    layer.hold(quantize(torch.randn(128, 256), double_quant=True))
+    layer, x = layer.cuda(), torch.randn(4, 256, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        layer(x)  # tries the kernel
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn(4, 256))
+        graph.replay()
+        torch.testing.assert_close(y, layer(x))
 
 
 # ---- many adapters ---------------------------------------------------------------------------------------------------
