@@ -63,24 +63,25 @@ def directions(model: nn.Module, name: str, run: Callable[[], object]) -> dict[s
 
 @contextmanager
 def rewritten(model: nn.Module, name: str, found: Mapping[str, Directions]) -> Iterator[Callable[[Mapping[str, int]], None]]:
-    """Within the `with` block, a function that cuts the adapter's modules to given ranks; afterwards it is what it was, bit for bit."""
+    """Within the `with` block, a function that cuts the adapter's modules to given ranks; afterwards it is what it was, bit for bit.
+
+    The matrices really are the smaller ones, so that a low rank is also quick to try; of rank 0 a direction is left, of zeros.
+    """
     parts = weights(model, name)
-    before = {path: (part.lora_A.detach().clone(), part.lora_B.detach().clone()) for path, part in parts.items()}
+    before = {path: (part.lora_A.data, part.lora_B.data) for path, part in parts.items()}
 
     @torch.no_grad()
     def cut(ranks: Mapping[str, int]) -> None:
         for path, part in parts.items():
-            kept = (torch.arange(found[path].rank, device=part.lora_B.device) < ranks[path]).to(part.lora_B.dtype)
-            part.lora_A.copy_(found[path].right.view_as(part.lora_A))
-            part.lora_B.copy_((found[path].left * kept).view_as(part.lora_B))
+            (a, b), k = before[path], max(1, ranks[path])
+            part.lora_A.data = found[path].right[:k].reshape(k, *a.shape[1:])
+            part.lora_B.data = (found[path].left[:, :k] * (ranks[path] > 0)).reshape(len(b), k, *b.shape[2:])
 
     try:
         yield cut
     finally:
-        with torch.no_grad():
-            for path, part in parts.items():
-                for p, old in zip((part.lora_A, part.lora_B), before[path], strict=True):
-                    p.copy_(old)
+        for path, part in parts.items():
+            part.lora_A.data, part.lora_B.data = before[path]
 
 
 def _check(model: nn.Module, name: str) -> None:
