@@ -113,7 +113,7 @@ def mixed(bench: Bench) -> None:
         names = [f"a{i}" for i in range(count)]
         whose = [names[int(i)] for i in torch.randperm(tokens) % count]
         plan = Plan.of([1] * tokens, whose, tuple(names), bench.device)
-        _ = plan.others, plan.clipped  # found once a batch, not in each layer
+        _ = plan.others, plan.padded  # found once a batch, not in each layer
         places = [torch.tensor([i for i, name in enumerate(whose) if name == one], device=bench.on) for one in names]
         shapes = ((tokens, width), (width, width), (count, R, width), (count, R, width))
         sets = [[torch.randn(s, device=bench.on).to(bench.dtype) / 16 for s in shapes] for _ in range(COPIES)]

@@ -33,7 +33,7 @@ import lora_nb as ln
 from lora_nb.adapter_files import read_folder
 from lora_nb.attach import layers
 from lora_nb.layers.mixed import Routing
-from lora_nb.layers.ways import COSTS, WAYS, Plan, choose
+from lora_nb.layers.ways import COSTS, WAYS, Plan, chosen
 from lora_nb.packed import KeyValues, Pass, Row, forward, sent
 
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # a name that PEFT 0.21 still reads
@@ -155,7 +155,7 @@ def part(setting: Setting) -> list[Line]:
             plan = Plan.of([1] * TOKENS, names, tuple(sorted(set(names))), "cpu")
             parts = [model[0].adapters[n] for n in sorted(set(names))]
             a, b = torch.stack([p.lora_A.detach() for p in parts]), torch.stack([(p.lora_B.T * p.scaling).detach() for p in parts])
-            way = choose(TOKENS, TOKENS, a.shape, setting.width, in_order=False, itemsize=a.element_size())
+            way = chosen(plan, a, b)
 
             def ours(way: str = way, x: Tensor = x, a: Tensor = a, b: Tensor = b, plan: Plan = plan) -> Tensor:
                 with torch.no_grad():
@@ -412,12 +412,12 @@ def crossover(setting: Setting) -> list[Line]:
         for width in (256,) if setting.quick else (256, 2048):
             for tokens in (8, 32) if setting.quick else (1, 8, 32, 128, 512):
                 for count in (g for g in (1, 2, 4, 10, 32, 100) if g <= tokens):
-                    times, chosen = ways(tokens, count, width, dtype, setting.rounds(7))
-                    best = min(times, key=lambda way: times[way])
-                    losses.append(times[chosen] / times[best])
+                    times, way = ways(tokens, count, width, dtype, setting.rounds(7))
+                    best = min(times, key=lambda name: times[name])
+                    losses.append(times[way] / times[best])
                     said = ", ".join(f"{way} {1e6 * t:.0f}" for way, t in times.items())
                     what = f"{str(dtype)[6:]}, {width}², {tokens} tokens, {count} adapters: chosen / best"
-                    lines.append(Line(what, 1, round(losses[-1], 3), "", f"{said} µs; chosen {chosen}"))
+                    lines.append(Line(what, 1, round(losses[-1], 3), "", f"{said} µs; chosen {way}"))
     lines.append(Line("chosen / best, the median of all", 1, round(statistics.median(losses), 3), "", f"worst {max(losses):.2f}; {COSTS}"))
     return lines
 
@@ -437,10 +437,8 @@ def ways(tokens: int, count: int, width: int, dtype: torch.dtype, rounds: int) -
 
         return once
 
-    allowed = [way for way in WAYS if way != "gathered" or tokens <= 128]
-    times = interleaved({way: run(way) for way in allowed}, rounds=rounds, repeat=3)
-    chosen = choose(tokens, tokens, a.shape, width, in_order=plan.start is not None, itemsize=a.element_size())
-    return {way: times.median(way) for way in allowed}, chosen
+    times = interleaved({way: run(way) for way in WAYS}, rounds=rounds, repeat=3)
+    return {way: times.median(way) for way in WAYS}, chosen(plan, a, b)
 
 
 def disk(setting: Setting) -> list[Line]:

@@ -6,7 +6,7 @@ Each program of either kernel has one token and a piece of x or of y, and reads 
 and no weight copied. Tokens of one adapter find it in the cache. shrink leaves a sum for every piece of x, which expand adds up: a fixed
 order, so the same bits each time. Shapes do not depend on which adapter is whose and nobody waits for the GPU, so a CUDA graph can
 hold it and `whose` may change between replays. (Punica, Chen et al., 2023, arXiv:2310.18547, has this for decoding.) The kernels' twin is
-`ways.gathered`.
+`ways.batched`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_nb.layers.kernels import launching_at
-from lora_nb.layers.ways import Plan, gathered
+from lora_nb.layers.ways import Plan, batched
 
 TILE = 8192  # numbers of A or B for one program, in all
 MOST = 128  # rank up to which a piece is wide enough to be read at speed
@@ -98,7 +98,7 @@ def agrees(device: torch.device) -> bool:
         for dtype, rounding in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
             x, a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((5, width), (3, rank, width), (3, rank, out)))
             y = torch.randn(5, out, device=device).to(dtype)
-            theirs = gathered(y.float(), x.float(), a.float(), b.float(), plan, in_place=False)
+            theirs = batched(y.float(), x.float(), a.float(), b.float(), plan, in_place=False)
             ours = add_low_rank(y, x, a, b, plan.whose).float()
             if not torch.allclose(ours, theirs, rtol=rounding, atol=rounding * float(theirs.abs().max())):
                 return False

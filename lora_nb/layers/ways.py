@@ -4,11 +4,11 @@ With n tokens, G adapters and the largest rank r:
 
     masked    all A one below the other: x [A_1; …; A_G]ᵀ, zeros where it is another's, times [B_1; …; B_G]. G times the work
     grouped   tokens sorted by adapter, then a product by groups: no work too much, but sorting, and a small product for each
-    gathered  each token takes its own copy of A_a and B_a: n · r · (in + out) numbers, so it is for a few tokens only
+    batched   every adapter gets as many places as the one that has most tokens, m, and one batched product does all of them
 
-`choose` takes the one that costs least. The others form no more than n · (G·r + in + out) numbers, G·r being small where "masked"
-is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have the last two as GPU kernels of their own; here the last has one,
-`mixed_triton.py`, which copies nothing, for batches that are generated.
+`choose` takes the one that costs least; "batched" only where few places stay empty, so that no way forms more than about
+2n · (in + out + r) numbers, or n · G·r where "masked" is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have GPU
+kernels of their own for this; here `mixed_triton.py` is one for batches that are generated.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor
 from lora_nb.layers.grouped import Spans, grouped
 from lora_nb.layers.kernels import kernel
 
-DECODE = 128  # tokens of a batch up to which each may take copies of its A and B
+DECODE = 128  # tokens of a batch up to which empty places do not matter, and which the GPU's own kernel is for
 
 # Microseconds on one core of a CPU, by the bytes of a number, as `benchmarks/serving.py --only crossover` finds them.
 CALL, SORTED = 15.0, 3e-4  # whatever is done; a number of x or y put in order and back
 COSTS = {
-    4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "copy": 4e-4},  # a multiply-add; one more small product; a number of A or B
-    2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "copy": 4e-4},
+    4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "batch": 1.5e-4},  # a multiply-add; one more small product; a number of A or B
+    2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "batch": 1.2e-4},
 }
 
 
@@ -66,11 +66,23 @@ class Plan:
         """(n, G), true where a token is not that adapter's."""
         return self.whose[:, None] != torch.arange(len(self.spans.places), device=self.whose.device)
 
+    @property
+    def most(self) -> int:
+        """Tokens of the adapter that has most."""
+        return max((end - begin for begin, end in self.spans.places), default=0)
+
     @cached_property
-    def clipped(self) -> tuple[Tensor, Tensor | None]:
-        """A number for each token that can be looked up, and which tokens have none."""
-        base = self.whose < 0
-        return self.whose.clamp(min=0), base if bool((self.whose < 0).any()) else None
+    def padded(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The token of each of G · m places (nobody takes what an empty one gives), the place of each token, (n,), and which have none.
+
+        The last is (n,), or None where every token has an adapter.
+        """
+        most, device = self.most, self.order.device
+        picked = [min(begin + i, max(begin, end - 1), len(self.order) - 1) for begin, end in self.spans.places for i in range(most)]
+        places = [g * most + i for g, (begin, end) in enumerate(self.spans.places) for i in range(end - begin)]
+        back = torch.zeros_like(self.whose).index_copy_(0, self.order, torch.tensor(places, dtype=torch.long, device=device))
+        base = self.whose < 0 if len(self.order) < len(self.whose) else None
+        return self.order.index_select(0, torch.tensor(picked, dtype=torch.long, device=device)), back, base
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_place: bool = False) -> Tensor:
@@ -84,12 +96,24 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_p
     fast = kernel("mixed_triton", x.device) if in_place and len(x) <= DECODE else None
     if fast is not None and fast.fits(y, a, b):
         return fast.add_low_rank(y, x, a, b, plan.whose)  # type: ignore[no-any-return]
-    way = WAYS[choose(len(x), len(plan.order), a.shape, b.shape[2], in_order=plan.start is not None, itemsize=a.element_size())]
-    return way(y, x, a, b, plan, in_place)
+    return WAYS[chosen(plan, a, b)](y, x, a, b, plan, in_place)
 
 
-def choose(tokens: int, routed: int, shape: Sequence[int], out: int, *, in_order: bool, itemsize: int = 4) -> str:
-    """The way that costs least: `shape` is A's (G, r, in), `routed` of the tokens have an adapter, numbers have `itemsize` bytes."""
+def chosen(plan: Plan, a: Tensor, b: Tensor) -> str:
+    """`choose` for a plan and its stacks."""
+    tokens, routed, in_order = len(plan.whose), len(plan.order), plan.start is not None
+    return choose(tokens, routed, plan.most, a.shape, b.shape[2], in_order=in_order, itemsize=a.element_size())
+
+
+def choose(tokens: int, routed: int, most: int, shape: Sequence[int], out: int, *, in_order: bool, itemsize: int = 4) -> str:
+    """The way that costs least.
+
+    Args:
+        tokens, routed, most: how many there are, how many of them have an adapter, and how many the adapter that has most.
+        shape: A's (G, r, in).
+        in_order: the tokens lie sorted by adapter already.
+        itemsize: bytes of a number.
+    """
     groups, rank, width = shape
     cost, size = COSTS.get(itemsize, COSTS[4]), rank * (width + out)
     costs = {
@@ -97,8 +121,9 @@ def choose(tokens: int, routed: int, shape: Sequence[int], out: int, *, in_order
         "grouped": 2 * CALL + routed * size * cost["work"] + groups * (cost["group"] + size * cost["read"]),
     }
     costs["grouped"] += 0 if in_order else routed * (width + out) * SORTED
-    if tokens <= DECODE:
-        costs["gathered"] = CALL + tokens * size * cost["copy"]
+    places = groups * most
+    if routed and places <= max(2 * tokens, DECODE):
+        costs["batched"] = CALL + places * (size * cost["work"] + (width + out) * SORTED) + groups * size * cost["batch"]
     return min(costs, key=lambda way: costs[way])
 
 
@@ -128,11 +153,11 @@ def by_group(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: b
     return y + F.pad(update.to(y.dtype), (0, 0, plan.start, len(y) - plan.start - count))
 
 
-def gathered(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917
-    """Two small products for each token."""
-    whose, base = plan.clipped
-    h = a.index_select(0, whose) @ x[..., None]  # (n, r, 1)
-    update = (h.mT @ b.index_select(0, whose))[:, 0]  # (n, out)
+def batched(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917
+    """Two products for all adapters at once, each with the same number of places for its tokens."""
+    places, back, base = plan.padded
+    h = x.index_select(0, places).view(len(a), -1, x.shape[1]) @ a.mT  # (G, m, r)
+    update = (h @ b).flatten(0, 1).index_select(0, back)  # (n, out)
     return _added(y, update if base is None else update.masked_fill(base[:, None], 0.0), in_place)
 
 
@@ -140,4 +165,4 @@ def _added(y: Tensor, update: Tensor, in_place: bool) -> Tensor:
     return y.add_(update) if in_place else y + update.to(y.dtype)
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"masked": masked, "grouped": by_group, "gathered": gathered}
+WAYS: dict[str, Callable[..., Tensor]] = {"masked": masked, "grouped": by_group, "batched": batched}
