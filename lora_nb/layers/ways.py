@@ -6,8 +6,8 @@ With n tokens, G adapters and the largest rank r:
     grouped   tokens sorted by adapter, then a product by groups: no work too much, but sorting, and a small product for each
     batched   every adapter gets as many places as the one that has most tokens, m, and one batched product does all of them
 
-`choose` takes the one that costs least; "batched" only where few places stay empty, so that no way forms more than about
-2n · (in + out + r) numbers, or n · G·r where "masked" is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have GPU
+`choose` takes the one that costs least; "batched" only where not too many places stay empty, so that no way forms more
+than 3n · (in + out + r) numbers, or n · G·r where "masked" is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have GPU
 kernels of their own for this; here `mixed_triton.py` is one for batches that are generated.
 """
 
@@ -29,9 +29,9 @@ DECODE = 128  # tokens of a batch up to which empty places do not matter, and wh
 
 # Microseconds on one core of a CPU, by the bytes of a number, as `benchmarks/serving.py --only crossover` finds them.
 CALL, SORTED = 15.0, 3e-4  # whatever is done; a number of x or y put in order and back
-COSTS = {
-    4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "batch": 1.5e-4},  # a multiply-add; one more small product; a number of A or B
-    2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "batch": 1.2e-4},
+COSTS = {  # a multiply-add; one more small product; a number of A or B, and in a batched product; a number that a place takes or gives
+    4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "batch": 1.2e-4, "place": 6e-4},
+    2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "batch": 5e-5, "place": 3e-4},
 }
 
 
@@ -122,8 +122,8 @@ def choose(tokens: int, routed: int, most: int, shape: Sequence[int], out: int, 
     }
     costs["grouped"] += 0 if in_order else routed * (width + out) * SORTED
     places = groups * most
-    if routed and places <= max(2 * tokens, DECODE):
-        costs["batched"] = CALL + places * (size * cost["work"] + (width + out) * SORTED) + groups * size * cost["batch"]
+    if routed and places <= max(3 * tokens, DECODE):
+        costs["batched"] = 1.5 * CALL + places * (size * cost["work"] + (width + out) * cost["place"]) + groups * size * cost["batch"]
     return min(costs, key=lambda way: costs[way])
 
 

@@ -177,10 +177,11 @@ def test_memory_is_tokens_times_rank_and_outputs(way: str, monkeypatch: pytest.M
 
 
 def test_what_is_chosen() -> None:
-    """The crossovers that were measured: one adapter masked, several batched, and grouped where one of them has most of the tokens."""
-    assert choose(512, 512, 512, (1, 16, 2048), 2048, in_order=False) == "masked"
-    assert choose(512, 512, 60, (10, 16, 2048), 2048, in_order=False) == "batched"
-    assert choose(512, 512, 413, (100, 16, 2048), 2048, in_order=False) == "grouped"
+    """The crossovers that were measured: one adapter masked, a token each batched, long texts of many adapters grouped."""
+    assert choose(8, 8, 8, (1, 16, 2048), 2048, in_order=False) == "masked"
+    assert choose(512, 512, 60, (10, 16, 2048), 2048, in_order=False) == "grouped"
+    assert choose(512, 512, 13, (100, 16, 256), 256, in_order=False, itemsize=2) == "batched"
+    assert choose(512, 512, 413, (100, 16, 256), 256, in_order=False, itemsize=2) == "grouped"
     assert choose(32, 32, 1, (32, 16, 256), 256, in_order=False) == "batched"
     assert choose(16, 0, 0, (2, 8, 256), 256, in_order=False) != "batched"
 
