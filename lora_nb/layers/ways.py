@@ -7,7 +7,7 @@ With n tokens, G adapters and the largest rank r:
     batched   every adapter gets as many places as the one that has most tokens, m, and one batched product does all of them
 
 `choose` takes the one that costs least; "batched" only where not too many places stay empty, so that no way forms more
-than 3n · (in + out + r) numbers, or n · G·r where "masked" is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have GPU
+than 4n · (in + out + r) numbers, or n · G·r where "masked" is chosen. Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285) have GPU
 kernels of their own for this; here `mixed_triton.py` is one for batches that are generated.
 """
 
@@ -66,7 +66,12 @@ class Plan:
         """(n, G), true where a token is not that adapter's."""
         return self.whose[:, None] != torch.arange(len(self.spans.places), device=self.whose.device)
 
-    @property
+    @cached_property
+    def chosen(self) -> dict[tuple[int, ...], str]:
+        """The way that was chosen, by what the stacks are like: layers of one shape need not weigh it again."""
+        return {}
+
+    @cached_property
     def most(self) -> int:
         """Tokens of the adapter that has most."""
         return max((end - begin for begin, end in self.spans.places), default=0)
@@ -93,7 +98,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_p
         b: (G, r, out), scaled.
         in_place: y may be written to.
     """
-    fast = kernel("mixed_triton", x.device) if in_place and len(x) <= DECODE else None
+    fast = kernel("mixed_triton", x.device) if in_place and x.shape[0] <= DECODE else None
     if fast is not None and fast.fits(y, a, b):
         return fast.add_low_rank(y, x, a, b, plan.whose)  # type: ignore[no-any-return]
     return WAYS[chosen(plan, a, b)](y, x, a, b, plan, in_place)
@@ -101,8 +106,13 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, *, in_p
 
 def chosen(plan: Plan, a: Tensor, b: Tensor) -> str:
     """`choose` for a plan and its stacks."""
-    tokens, routed, in_order = len(plan.whose), len(plan.order), plan.start is not None
-    return choose(tokens, routed, plan.most, a.shape, b.shape[2], in_order=in_order, itemsize=a.element_size())
+    key = (a.size(1), a.size(2), b.size(2), a.itemsize)
+    way = plan.chosen.get(key)
+    if way is None:
+        tokens, routed, in_order = len(plan.whose), len(plan.order), plan.start is not None
+        way = choose(tokens, routed, plan.most, a.shape, b.shape[2], in_order=in_order, itemsize=a.element_size())
+        plan.chosen[key] = way
+    return way
 
 
 def choose(tokens: int, routed: int, most: int, shape: Sequence[int], out: int, *, in_order: bool, itemsize: int = 4) -> str:
@@ -122,7 +132,7 @@ def choose(tokens: int, routed: int, most: int, shape: Sequence[int], out: int, 
     }
     costs["grouped"] += 0 if in_order else routed * (width + out) * SORTED
     places = groups * most
-    if routed and places <= max(3 * tokens, DECODE):
+    if routed and places <= max(4 * tokens, DECODE):
         costs["batched"] = 1.5 * CALL + places * (size * cost["work"] + (width + out) * cost["place"]) + groups * size * cost["batch"]
     return min(costs, key=lambda way: costs[way])
 
@@ -156,8 +166,8 @@ def by_group(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: b
 def batched(y: Tensor, x: Tensor, a: Tensor, b: Tensor, plan: Plan, in_place: bool) -> Tensor:  # noqa: PLR0917
     """Two products for all adapters at once, each with the same number of places for its tokens."""
     places, back, base = plan.padded
-    h = x.index_select(0, places).view(len(a), -1, x.shape[1]) @ a.mT  # (G, m, r)
-    update = (h @ b).flatten(0, 1).index_select(0, back)  # (n, out)
+    h = torch.bmm(x.index_select(0, places).view(a.shape[0], -1, x.shape[1]), a.mT)  # (G, m, r)
+    update = torch.bmm(h, b).flatten(0, 1).index_select(0, back)  # (n, out)
     return _added(y, update if base is None else update.masked_fill(base[:, None], 0.0), in_place)
 
 

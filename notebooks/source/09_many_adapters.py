@@ -172,19 +172,19 @@ with torch.no_grad():
         print(f"row {row}, {name or 'base'}: as alone, to 1e-4: {bool((mixed[row] - alone).abs().max() < 1e-4)}")
 
 # %% [markdown]
-# This is the code that runs for a small batch. `whose` holds for each token the number of its adapter; every token picks its own $A$ and $B$ out of the stacks `a` and `b`, and the base's tokens get nothing added.
-# (`b` has the factor $s$ in it already.)
+# This is the code that runs for a small batch. `a` and `b` are stacks with the matrices of all G adapters (`b` has the factor $s$ in it already). Every adapter gets as many places as the one that has most tokens
+# needs; some may stay empty. So one product of G small matrices does for all adapters at once, and `back` says from which place each token takes its result. The base's tokens get nothing added.
 
 # %%
-ln.show("gathered")
+ln.show("batched")
 
 # %% [markdown]
-# Picking copies the matrices, once for each token, so it is meant for a few tokens. For long texts the package sorts tokens by adapter and multiplies group by group, or multiplies by all $A$ at once and sets the rest to
-# zero. It takes whichever costs least (`ln.show("choose")`).
+# Empty places are work for nothing, which a batch of single tokens hardly notices. For long texts of many adapters the package sorts tokens by adapter and multiplies group by group; for one or two adapters it multiplies by
+# all $A$ at once and sets the rest to zero. It takes whichever costs least (`ln.show("choose")`).
 #
 # {{exercise 09.2}}
 #
-# Write the layer yourself, by a loop or by picking. `x` is (n, inputs), `w` (outputs, inputs), `a` (G, r, inputs), `b` (G, outputs, r), `scale` (G,); `whose` is a list of n numbers: which adapter, or −1 for the base.
+# Write the layer yourself, by a loop or with all adapters at once. `x` is (n, inputs), `w` (outputs, inputs), `a` (G, r, inputs), `b` (G, outputs, r), `scale` (G,); `whose` is a list of n numbers: which adapter, or −1 for the base.
 
 # %%
 def mixed_layer(x, w, a, b, scale, whose):
