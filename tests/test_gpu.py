@@ -160,7 +160,7 @@ def test_lora_over_four_bits_is_layer_and_adapter_one_after_the_other_and_keeps_
     over_four_bits(model.train(), fuse=True)  # the first step measures
     (ours, mine), (theirs, plain) = (over_four_bits(model, fuse=fuse) for fuse in (True, False))
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.float() - other.float()).abs().max() <= 5e-2 * other.float().abs().max()
+        assert (one.float() - other.float()).abs().max() <= 1e-1 * other.float().abs().max()
     assert mine < plain
 
 
@@ -176,7 +176,7 @@ def kernels_results(device: str) -> list[torch.Tensor]:
     y = lora_linear(x, w, None, (a, b, 0.5))
     goals, fast = labels.to(device), kernel("cross_entropy_triton", x.device)
     assert fast is not None
-    found = [y, *torch.autograd.grad(y.float().square().sum(), (x, a, b)), dequantize(quantize(w, double_quant=True))]
+    found = [y, *torch.autograd.grad(y.float().square().sum() / 1000, (x, a, b)), dequantize(quantize(w, double_quant=True))]
     return [t.detach() for t in (*found, *fast.loss_and_gradient(y.detach().clone(), goals))]
 
 
