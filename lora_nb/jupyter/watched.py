@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from IPython.core.getipython import get_ipython
@@ -10,7 +11,12 @@ Bundle = tuple[dict[str, Any], dict[str, Any]]
 
 
 def watched() -> bool:
-    """Whether a person may be there: nbconvert, papermill and nbval run cells that may not ask for input, front ends those that may."""
+    """Whether a person may be there: nbconvert, papermill and nbval run cells that may not ask for input, front ends those that may.
+
+    Voilà runs them as nbconvert does, and then lets a person use what is there.
+    """
+    if "VOILA_BASE_URL" in os.environ:
+        return True
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is None or bool(kernel.get_parent().get("content", {}).get("allow_stdin", True))
 

@@ -27,3 +27,12 @@ def test_nbconvert_shows_table_and_figure_without_a_network(tmp_path):
     assert "training loss" in body
     assert body.count("<svg") >= 2
     assert f'type="{VIEW}"' not in body
+
+
+@pytest.mark.slow
+def test_voila_shows_the_widget(tmp_path, monkeypatch):
+    """It says in the environment that it is there, and runs the cells as nbconvert does."""
+    monkeypatch.setenv("VOILA_BASE_URL", "/")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import lora_nb as ln\nln.panel()")])
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert VIEW in notebook.cells[0].outputs[-1].data
