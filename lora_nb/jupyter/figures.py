@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_nb.errors import TrainingError
 from lora_nb.jupyter.settings import LOW_RANK, Settings
 from lora_nb.memory.cards import CARDS
 
@@ -76,6 +77,9 @@ def run_folder(data: str) -> Path:
     """A new folder for a run's log and checkpoints; made here, so that a second notebook takes another.
 
     It lies below the notebook or, where that may not be written, among the system's temporary ones.
+
+    Raises:
+        TrainingError: none of them may be written.
     """
     stem = "".join(c if c.isalnum() else "-" for c in Path(data).stem)[:40] or "run"
     name, number = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}", 1
@@ -86,7 +90,17 @@ def run_folder(data: str) -> Path:
         except FileExistsError:
             number += 1
             folder = folder.with_name(f"{name}-{number}")
-        except OSError:
-            return Path(tempfile.mkdtemp(prefix=f"lora_nb-{name}-"))
+        except OSError as error:
+            return _temporary(f"lora_nb-{name}-", error)
         else:
             return folder
+
+
+def _temporary(prefix: str, reason: OSError) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError:
+        raise TrainingError(
+            f"The run has no place for its log: 'runs' cannot be made beside the notebook ({reason.strerror}), nor a temporary folder. "
+            "Move the notebook to a folder that you may write to, on a disk with room."
+        ) from reason

@@ -175,24 +175,24 @@ class Panel(w.VBox):  # type: ignore[misc]
 
     def train(self) -> None:
         """Start a new adapter."""
-        self._start(run_folder(self.settings.data), fresh=True)
+        self._start(fresh=True)
 
     def resume(self) -> None:
         """Go on with the last run."""
-        if self.last is None:
-            raise LoraNbError("There is no run to resume: train first.")
-        self._start(self.last[1], fresh=False)
+        self._start(fresh=False)
 
     def stop(self) -> None:
         """End the training after the step at hand."""
         self.worker.stop()
         self._say("Stopping after this step …")
 
-    def _start(self, folder: Path, *, fresh: bool) -> None:
+    def _start(self, *, fresh: bool) -> None:
         if self.worker.busy:
             raise LoraNbError("A training is running: stop it first.")
-        settings = self.settings if fresh else self.last[0]  # type: ignore[index]
-        config = replace(settings.training(), checkpoint_dir=folder, resume=not fresh)
+        last = None if fresh else self.last
+        if last is None and not fresh:
+            raise LoraNbError("There is no run to resume: train first.")
+        settings = last[0] if last else self.settings
         adapter = settings.adapter()
         examples, held = dataset(settings.data, "train"), dataset(settings.data, "test")[:HELD_OUT]
         if fresh:
@@ -200,9 +200,11 @@ class Panel(w.VBox):  # type: ignore[misc]
             self._prepare(settings, adapter)
             self.curve.held_out = []
             self.run = None
+        folder = last[1] if last else run_folder(settings.data)  # last of all: what cannot start leaves none behind
+        config = replace(settings.training(), checkpoint_dir=folder, resume=not fresh)
         self.last = (settings, folder)
         self._lock(locked=True)
-        self._say("Training …" if not folder.is_absolute() else f"Training; this folder cannot be written, so its log is in {folder} …")
+        self._say("Training …")
         model, tokenizer = self.model, self.tokenizer
         assert model is not None
         prompts = held.prompts[:SAMPLES] if held.kind == "pairs" else []
@@ -265,9 +267,11 @@ class Panel(w.VBox):  # type: ignore[misc]
         if run.tokens:
             self.speed = Speed(run.seconds / run.tokens, "measured in the last run")
         done = {"max_steps": "Done", "num_train_epochs": "Done"}.get(run.stopped_by, "Stopped")
-        self._say(
-            f"{done} after {run.steps} steps: loss {run.losses[-1]:.3f}, {run.tokens_per_second:,.0f} tokens/s" if run.steps else done
-        )
+        what = f"{done} after {run.steps} steps: loss {run.losses[-1]:.3f}, {run.tokens_per_second:,.0f} tokens/s" if run.steps else done
+        rest = [run.notice] if run.notice else []
+        if self.last and self.last[1].is_absolute():
+            rest.append(f"This folder cannot be written, so the log is in {self.last[1]}.")
+        self._say(" ".join([f"{what}.", *rest]) if rest else what)
         self.buttons["resume"].disabled = done == "Done"
         self.refresh()
 

@@ -1,7 +1,10 @@
 """The control panel without a browser: what its widgets do when they are used."""
 
+import errno
+import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import torch
 
 import lora_nb as ln
 from lora_nb.attach import adapters
+from lora_nb.errors import TrainingError
 from lora_nb.jupyter.figures import run_folder
 from lora_nb.jupyter.panel import Panel
 from lora_nb.jupyter.settings import Settings
@@ -158,3 +162,44 @@ def test_your_own_model_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model, tokenizer = ln.load("tiny")
     panel = ln.panel(model, tokenizer)
     assert panel.model is model
+
+
+def test_without_any_place_to_write_it_says_what_to_do(panel: Panel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the notebook lies on a read-only disk; tests/browser/test_read_only.py has a real one."""
+    mkdir = Path.mkdir
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def refused_here(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        mkdir(path, mode, parents, exist_ok) if path.is_absolute() else refused()
+
+    pressed(panel, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused_here)
+        assert "cannot be saved in &#x27;adapters/panel&#x27;: Read-only file system." in pressed(panel, "save")
+        assert "Choose a folder that you may write to" in panel.said.value
+        assert f"the log is in {tempfile.gettempdir()}" in pressed(panel, "train")
+        patch.setattr("tempfile.mkdtemp", refused)
+        assert "no place for its log" in pressed(panel, "train")
+        assert "(Read-only file system)" in panel.said.value
+        assert not panel.buttons["train"].disabled
+    assert not (tmp_path / "adapters").exists()
+    assert "Done after 4 steps" in pressed(panel, "train")
+
+
+def test_what_cannot_start_leaves_no_folder(panel: Panel, tmp_path: Path) -> None:
+    panel.form.fields["data"].value = "nowhere.jsonl"
+    assert "alert" in pressed(panel, "train")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_at_the_end(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise TrainingError("The checkpoint cannot be written: No space left on device.")
+
+    monkeypatch.setattr("lora_nb.training.state.write", full)
+    with warnings.catch_warnings(action="ignore"):  # which only a terminal shows
+        said = pressed(panel, "train")
+    assert "Done after 4 steps" in said
+    assert "No space left on device" in said
