@@ -9,6 +9,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,11 +19,19 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# A Python that has jupyter-collaboration beside lora_nb: then all tests here run with it. CONTRIBUTING.md says how.
+COLLABORATION = os.environ.get("LORA_NB_COLLABORATION") or (sys.executable if find_spec("jupyter_collaboration") else None)
 AXE = ROOT / "widgets/node_modules/axe-core/axe.min.js"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-# No other errors are let pass: JupyterLab's own debugger says so when a kernel is restarted just after its start, and Notebook 7's own
-# keyboard shortcuts when settings come before they are known.
-NOT_OURS = ("Could not restore the debugger state", "Cannot read properties of undefined (reading 'schema')")
+# No other errors are let pass. When a kernel is restarted just after its start, JupyterLab's own debugger says so, and so does its
+# subshell for the comms that ipywidgets has just opened. Notebook 7's own keyboard shortcuts do when settings come before they are
+# known; and jupyter-collaboration looks there for JupyterLab's status bar.
+NOT_OURS = (
+    "Could not restore the debugger state",
+    "Canceled future for create_subshell_request",
+    "Cannot read properties of undefined (reading 'schema')",
+    "Plugin '@jupyter/docprovider-extension:statusBarTimeline' failed to activate",
+)
 THEMES = {"light": ("true", "#fff", "#000000de"), "dark": ("false", "#111", "#ffffffde")}
 OPEN = """async (path) => {
   const { context } = path ? await jupyterapp.commands.execute('docmanager:open', { path }) : jupyterapp.shell.currentWidget;
@@ -55,8 +65,8 @@ def browser(chromium: str) -> Iterator[Any]:
         launched.close()
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+@contextmanager
+def watched(browser: Any) -> Iterator[Any]:
     """A page of its own. What it logs as an error, or asks of another machine, fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     made = context.new_page()
@@ -69,6 +79,13 @@ def page(browser: Any) -> Iterator[Any]:
     context.close()
     assert [error for error in errors if not any(known in error for known in NOT_OURS)] == []
     assert far == []
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """The page of most tests."""
+    with watched(browser) as made:
+        yield made
 
 
 @pytest.fixture
@@ -110,10 +127,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workspace")
 
 
-@pytest.fixture(scope="session")
-def jupyter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab with the extension as it stands in the checkout, installed or not."""
-    own = tmp_path_factory.mktemp("jupyter")
+@contextmanager
+def served(workspace: Path, own: Path, *sandbox: str) -> Iterator[str]:
+    """The address of a JupyterLab with the extension as it stands in the checkout, installed or not.
+
+    `own` is for the server's own files; `sandbox` are the first words of its command line.
+    """
     news = own / "@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')  # its question would cover a corner of every page
@@ -123,21 +142,12 @@ def jupyter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        f"--port={port}",
-        "--port-retries=0",
-        "--IdentityProvider.token=t",
-        "--allow-root",
-    ]
-    words += [f"--ServerApp.root_dir={workspace}"]
+    words = [*sandbox, COLLABORATION or sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    words += [f"--port={port}", "--port-retries=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={workspace}"]
     for app in ("LabApp", "JupyterNotebookApp"):  # Notebook 7 is served beside it, at /tree
         words += [f"--{app}.extra_labextensions_path={own / 'labextensions'}", f"--{app}.expose_app_in_browser=True"]
     words += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--log-level=ERROR"]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as server:
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=own) as server:
         for _ in range(120):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
@@ -150,13 +160,32 @@ def jupyter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         server.terminate()
 
 
-@pytest.fixture
-def lab(page: Any, jupyter: str) -> Any:
-    """A page with a fresh JupyterLab."""
-    page.goto(jupyter)
+@pytest.fixture(scope="session")
+def jupyter(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the JupyterLab that most tests share."""
+    with served(workspace, tmp_path_factory.mktemp("jupyter")) as address:
+        yield address
+
+
+def start_lab(page: Any, address: str) -> Any:
+    """Opens JupyterLab and waits until our part of it is there."""
+    page.goto(address)
     page.wait_for_function("window.jupyterapp?.commands.hasCommand('lora-nb:course')", timeout=60_000)
     page.evaluate("jupyterapp.restored")
     return page
+
+
+@pytest.fixture
+def lab(page: Any, jupyter: str) -> Any:
+    """A page with a fresh JupyterLab."""
+    return start_lab(page, jupyter)
+
+
+@pytest.fixture
+def second_lab(browser: Any, jupyter: str) -> Iterator[Any]:
+    """Another person's page with the same JupyterLab."""
+    with watched(browser) as page:
+        yield start_lab(page, jupyter.replace("/lab?", "/lab/workspaces/second?"))
 
 
 @pytest.fixture
@@ -167,6 +196,18 @@ def command(lab: Any) -> Callable[..., None]:
         lab.evaluate("([name, arguments]) => void jupyterapp.commands.execute(name, arguments)", [name, arguments])
 
     return run
+
+
+@pytest.fixture
+def save(lab: Any) -> Callable[[], None]:
+    """Saves the notebook in front. With collaboration that happens by itself, and who asks for it meanwhile may wait for ever."""
+
+    def wait() -> None:
+        if COLLABORATION is None:
+            lab.keyboard.press("Control+s")
+        lab.wait_for_function("!jupyterapp.shell.currentWidget.context.model.dirty")
+
+    return wait
 
 
 @pytest.fixture

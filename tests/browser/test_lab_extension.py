@@ -24,13 +24,13 @@ def notebook(path, *sources):
 
 
 def test_launcher_and_palette_have_the_three(lab, command):
-    command("launcher:create")
+    lab.evaluate("jupyterapp.commands.execute('launcher:create').then(() => null)")  # one that comes late would close the palette
     labels = {"LoRA: open the course", "LoRA: new notebook with panel", "LoRA: run all checks"}
     lab.wait_for_selector(".jp-LauncherCard[data-category='LoRA']")
     cards = lab.locator(".jp-LauncherCard[data-category='LoRA']").all_inner_texts()
     assert {text.strip() for text in cards} == labels
     command("apputils:activate-command-palette")
-    lab.locator(".lm-CommandPalette-input").fill("LoRA:")
+    lab.locator(".lm-CommandPalette-input:visible").fill("LoRA:")
     found = lab.locator(".lm-CommandPalette-itemLabel").all_inner_texts()
     assert labels <= set(found)
 
@@ -63,7 +63,7 @@ def test_panel_has_a_notebook_of_its_own(lab, command, workspace):
     assert (workspace / "Untitled.ipynb").exists()
 
 
-def test_charts_live_in_a_notebook_and_stay_in_it_as_pictures(lab, workspace, theme, axe):
+def test_charts_live_in_a_notebook_and_stay_in_it_as_pictures(lab, workspace, theme, axe, save):
     source = """from lora_nb.jupyter.charts import HeatMap, LossChart
 from IPython.display import display
 chart = LossChart([3.0, 2.0])
@@ -80,7 +80,7 @@ chart.flush()"""
     for name in ("Light", "Dark"):
         theme(name)
         assert axe(".jp-OutputArea-output .lora-chart") == []
-    lab.evaluate("jupyterapp.commands.execute('docmanager:save')")
+    save()
     saved = json.loads((workspace / "charts.ipynb").read_text())["cells"][0]["outputs"]
     pictures = [output["data"]["text/html"] for output in saved if "text/html" in output.get("data", {})]
     assert len(pictures) == 2

@@ -57,7 +57,7 @@ def test_from_a_choice_to_the_same_adapter_from_its_code(lab, shown, run):
     second.get_by_text("the same adapter: True").wait_for(timeout=2 * MINUTE)
 
 
-def test_by_keyboard_alone_from_top_to_bottom(lab, shown, workspace):
+def test_by_keyboard_alone_from_top_to_bottom(lab, shown, save, workspace):
     """No click after the first: Tab goes on from field to field, arrows and letters change what has the focus and nothing else."""
     cell = shown("keys.ipynb")
     lab.keyboard.press("Escape")
@@ -103,8 +103,7 @@ def test_by_keyboard_alone_from_top_to_bottom(lab, shown, workspace):
     assert "max_steps=40" in second.inner_text()
     keys.press("Shift+Enter")
     second.locator(".jp-OutputArea-output", has_text="40, stopped by max_steps").wait_for(timeout=2 * MINUTE)
-    keys.press("Control+s")
-    lab.wait_for_function("!jupyterapp.shell.currentWidget.context.model.dirty")
+    save()
     outputs = nbformat.read(workspace / "keys.ipynb", 4).cells[0].outputs
     assert ["trainable parameters" in o.data["text/html"] and "<svg" in o.data["text/html"] for o in outputs] == [True]
 
