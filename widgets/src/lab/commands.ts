@@ -31,7 +31,10 @@ async function openCourse(app: JupyterFrontEnd): Promise<void> {
 
 async function newPanel(app: JupyterFrontEnd, cwd: string): Promise<void> {
   const { contents } = app.serviceManager;
+  const refusal = "No notebook could be made here";
   try {
+    const { writable } = await contents.get(cwd, { content: false });
+    if (!writable) return await say(refusal, `The folder ${cwd || "at the top"} cannot be written to. Go to another one in the file browser, and ask again.`);
     const { path } = await contents.newUntitled({ path: cwd, type: "notebook" });
     const cells = PANEL.map((source) => ({ cell_type: "code", id: "panel", source, metadata: {}, outputs: [], execution_count: null }));
     const kernel = app.serviceManager.kernelspecs.specs?.default ?? "python3";
@@ -42,7 +45,7 @@ async function newPanel(app: JupyterFrontEnd, cwd: string): Promise<void> {
     await widget.context.sessionContext.ready;
     await app.commands.execute("notebook:run-all-cells");
   } catch (error) {
-    await say("No notebook could be made here", error instanceof Error ? error.message : String(error));
+    await say(refusal, error instanceof Error ? error.message : String(error));
   }
 }
 
