@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[2]
 COLLABORATION = os.environ.get("LORA_NB_COLLABORATION") or (sys.executable if find_spec("jupyter_collaboration") else None)
 AXE = ROOT / "widgets/node_modules/axe-core/axe.min.js"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-# No other errors are let pass. When a kernel is restarted just after its start, JupyterLab's own debugger says so, and so does its
-# subshell for the comms that ipywidgets has just opened. Notebook 7's own keyboard shortcuts do when settings come before they are
-# known; and jupyter-collaboration looks there for JupyterLab's status bar.
+# No other errors are let pass. When a kernel is restarted just after its start, JupyterLab's own debugger says so, and what was under
+# way for the comm that ipywidgets has just opened: its subshell, its answer. Notebook 7's own keyboard shortcuts do when settings come
+# before they are known; and jupyter-collaboration looks there for JupyterLab's status bar.
 NOT_OURS = (
     "Could not restore the debugger state",
     "Canceled future for create_subshell_request",
+    "Comm not found for comm id",
     "Cannot read properties of undefined (reading 'schema')",
     "Plugin '@jupyter/docprovider-extension:statusBarTimeline' failed to activate",
 )
