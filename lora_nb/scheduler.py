@@ -26,7 +26,7 @@ from lora_nb.layers.adapted import AdaptedLayer
 from lora_nb.layers.mixed import Share
 from lora_nb.packed import KeyValues, Pass, Row, check_model, forward, sent
 from lora_nb.serving_figures import AdapterFigures, ServerFigures
-from lora_nb.thread_pool import give_back
+from lora_nb.thread_pool import give_back, give_back_after_cells
 from lora_nb.tickets import Ticket
 from lora_nb.tiers import Tiers
 
@@ -81,6 +81,7 @@ class Scheduler:
         self._steps, self._born = 0, time.monotonic()
         self._change, self._closing = threading.Condition(), False
         give_back()
+        give_back_after_cells()
         self._thread = threading.Thread(target=self._serve, name="lora_nb server", daemon=True)
         self._thread.start()
 

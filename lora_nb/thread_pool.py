@@ -8,6 +8,7 @@ in training takes 1.7 times as long. Notebooks get there easily: the kernel's ma
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,18 @@ def give_back() -> bool:
     """
     pause = _pause()
     return pause is not None and pause(SOFT) == 0
+
+
+def give_back_after_cells() -> None:
+    """In a notebook the main thread gives its own back after every cell: another thread that computes could not do it for that one."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None:
+        shell.events.register("post_run_cell", _after_cell)
+
+
+def _after_cell(_: object) -> None:
+    give_back()
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 
 import lora_nb as ln
-from lora_nb import scheduler, tiers
+from lora_nb import scheduler, thread_pool, tiers
 from lora_nb.jupyter import worker
 from lora_nb.thread_pool import give_back
 from tests.text import byte_llama, byte_tokenizer
@@ -89,7 +89,7 @@ def test_the_kernels_main_thread_gives_them_back_after_every_cell(monkeypatch: p
     InteractiveShell.clear_instance()
     shell = InteractiveShell.instance()
     called: list[str] = []
-    monkeypatch.setattr(worker, "give_back", lambda: called.append("given back"))
+    monkeypatch.setattr(thread_pool, "give_back", lambda: called.append("given back"))
     try:
         worker.Worker(), worker.Worker()
         shell.run_cell("1")

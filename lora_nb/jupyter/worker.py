@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from IPython.core.getipython import get_ipython
 from torch import nn
 
 from lora_nb.configs import TrainConfig
 from lora_nb.datasets import Dataset
-from lora_nb.thread_pool import give_back
+from lora_nb.thread_pool import give_back, give_back_after_cells
 from lora_nb.training.loop import train
 from lora_nb.training.run import Run, Step
 
@@ -44,20 +43,13 @@ class Job:
     ended: Callable[[Run | None, BaseException | None], None]
 
 
-def _rest(_: object) -> None:
-    """After a cell: where the kernel hears of clicks in a subshell, that thread could not do it for the main one."""
-    give_back()
-
-
 class Worker:
     """One training at a time, which can be stopped between two steps."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self.stopping = threading.Event()
-        shell = get_ipython()
-        if shell is not None:
-            shell.events.register("post_run_cell", _rest)
+        give_back_after_cells()  # a click may be heard in a subshell of the kernel, and train in a third thread
 
     @property
     def busy(self) -> bool:
