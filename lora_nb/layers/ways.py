@@ -29,6 +29,7 @@ DECODE = 128  # tokens of a batch up to which empty places do not matter, and wh
 
 # Microseconds on one core of a CPU, by the bytes of a number, as `benchmarks/serving.py --only crossover` finds them.
 CALL, SORTED = 15.0, 3e-4  # whatever is done; a number of x or y put in order and back
+ONE_BY_ONE = 1.5  # on several cores: small products one after the other share them badly, a batched one well
 COSTS = {  # a multiply-add; one more small product; a number of A or B, and in a batched product; a number that a place takes or gives
     4: {"work": 1 / 70_000, "group": 4.0, "read": 3.7e-4, "batch": 1.2e-4, "place": 6e-4},
     2: {"work": 1 / 15_000, "group": 45.0, "read": 2e-4, "batch": 5e-5, "place": 3e-4},
@@ -131,6 +132,8 @@ def choose(tokens: int, routed: int, most: int, shape: Sequence[int], out: int, 
         "grouped": 2 * CALL + routed * size * cost["work"] + groups * (cost["group"] + size * cost["read"]),
     }
     costs["grouped"] += 0 if in_order else routed * (width + out) * SORTED
+    if torch.get_num_threads() > 1:
+        costs["grouped"] *= ONE_BY_ONE
     places = groups * most
     if routed and places <= max(4 * tokens, DECODE):
         costs["batched"] = 1.5 * CALL + places * (size * cost["work"] + (width + out) * cost["place"]) + groups * size * cost["batch"]
