@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FEWEST = 8  # examples; of fewer a standard error says nothing
+SHORTEST = 16  # tokens of a text that is cut so that this many examples cost no more than they may
 BATCH = 16
 
 
 def of_blocks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, blocks: Sequence[Block], tokens: float) -> Callable[[], Losses]:
     """A function that gives the losses of the model as it then is, on blocks of about `tokens` tokens, taken from all over the data.
+
+    Where that is less than the fewest blocks have, running text is cut to its first tokens.
 
     Raises:
         RankError: too few blocks.
@@ -32,7 +35,10 @@ def of_blocks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, blocks: Sequ
         raise RankError(
             f"There are {len(labelled)} held-out blocks; ranks are told apart by at least {FEWEST}: give more, or a shorter seq_len."
         )
-    chosen = [labelled[i] for i in _spread_out(len(labelled), wanted)]
+    chosen = [
+        _cut(labelled[i], max(SHORTEST, int(tokens / wanted))) if wanted == FEWEST else labelled[i]
+        for i in _spread_out(len(labelled), wanted)
+    ]
     # Rows of like length together: less padding.
     order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].input_ids))
     rows = list(batches(chosen, BATCH, int(tokenizer.pad_token_id or 0), order))
@@ -74,6 +80,13 @@ def _sums(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     row = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
     zeros = torch.zeros(len(labels), dtype=torch.float64)
     return zeros.index_add(0, row, losses.double().cpu()), zeros.index_add(0, row, torch.ones(len(row), dtype=torch.float64))
+
+
+def _cut(block: Block, most: int) -> Block:
+    """Its first tokens, unless some of them have no label: an answer comes last."""
+    if IGNORE in block.labels[1:most]:
+        return block
+    return Block(block.input_ids[:most], block.labels[:most], block.positions[:most])
 
 
 def _spread_out(count: int, wanted: int) -> Sequence[int]:

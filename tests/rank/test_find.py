@@ -2,18 +2,20 @@
 
 import gc
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from lora_nb.attach import adapters, attach, parameters, set_active, weights
-from lora_nb.blocks import Block
+from lora_nb.blocks import IGNORE, Block
 from lora_nb.checkpoint import load_adapter, save
 from lora_nb.configs import LoraConfig, TrainConfig
 from lora_nb.datasets import dataset
 from lora_nb.errors import AdapterError, ConfigError, RankError
 from lora_nb.rank import find_rank, shrink
+from lora_nb.rank.held_out import of_blocks
 from lora_nb.training.loop import train
 from tests.models import fill, tiny_llama, token_ids
 
@@ -159,6 +161,16 @@ def test_fewer_held_out_examples_where_the_run_was_short(trained) -> None:
     _, run = trained
     assert find_rank(run, cost=1e6).examples == 20
     assert find_rank(run, cost=1e-6).examples == 8
+
+
+def test_running_text_is_cut_where_whole_blocks_would_cost_too_much() -> None:
+    text, pair = [Block([i + 1] * 40, [i + 1] * 40) for i in range(9)], [Block([1] * 40, [IGNORE] * 30 + [1] * 10)] * 9
+    model, reader = tiny_llama().eval(), SimpleNamespace(pad_token_id=0)
+    with torch.no_grad():
+        assert of_blocks(model, reader, text, 8 * 20)().tokens.tolist() == [19] * 8
+        assert of_blocks(model, reader, text, 1)().tokens.tolist() == [15] * 8
+        assert of_blocks(model, reader, text, 9 * 40)().tokens.tolist() == [39] * 9
+        assert of_blocks(model, reader, pair, 8 * 20)().tokens.tolist() == [10] * 8
 
 
 @pytest.mark.parametrize(
