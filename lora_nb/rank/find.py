@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from lora_nb.configs import TrainConfig
 from lora_nb.configs.checks import is_count, is_number
 from lora_nb.datasets import Dataset
 from lora_nb.errors import ConfigError, RankError
+from lora_nb.layers.lora import LoraWeights
 from lora_nb.rank.budget import allocate, budget
 from lora_nb.rank.choice import Losses, as_good, compared, interval, ladder, scores, search
 from lora_nb.rank.directions import Directions, directions, rewritten
@@ -74,10 +75,13 @@ def find_rank(
     assert model is not None
     name = _adapter(model, name, run)
     trainable = (_given("tokenizer", tokenizer, run), _given("dataset", None, run)) if polish else None
-    most = max((part.r for part in weights(model, name).values()), default=0)
+    parts = list(weights(model, name).values())
+    most = max((part.r for part in parts), default=0)
     if losses is None:
         data, reader = _given("eval_dataset", eval_dataset, run), _given("tokenizer", tokenizer, run)
-        held = of_blocks(model, reader, data.encode(reader, run.config.seq_len if run else 256), _tokens(run, cost, most))
+        held = of_blocks(
+            model, reader, data.encode(reader, run.config.seq_len if run else 256), _tokens(run, cost, most, _apart(model, parts))
+        )
     else:
         held = of_function(model, losses)
     with _evaluating(model, name):
@@ -141,10 +145,17 @@ def _given(what: str, given: Any, run: Run | None) -> Any:
     return found
 
 
-def _tokens(run: Run | None, cost: float, most: int) -> float:
-    """Held-out tokens for each evaluation, so that all of them take the share `cost` of the run."""
+def _tokens(run: Run | None, cost: float, most: int, apart: float) -> float:
+    """Held-out tokens for each evaluation, so that all of them and `apart` tokens more take the share `cost` of the run."""
     evaluations = 2 + len(ladder(most)) + 4 + 3  # the directions, the base, the ladder, the gap below the choice, ranks by module
-    return cost * FORWARDS * run.tokens / evaluations if run and run.tokens else MOST_TOKENS
+    return max(0.0, cost * FORWARDS * run.tokens - apart) / evaluations if run and run.tokens else MOST_TOKENS
+
+
+def _apart(model: nn.Module, parts: Sequence[LoraWeights]) -> float:
+    """Tokens whose forward takes as long as taking the update apart: in 64 bits, so twice what these many multiply-adds would."""
+    sizes = ((part.r, len(part.lora_B), part.lora_A[0].numel()) for part in parts)
+    work = sum(15 * r**3 + r * r * (4 * out + fan_in) for r, out, fan_in in sizes)  # three factorizations; products with A and B
+    return 2 * work / max(1, sum(p.numel() for p in model.parameters()))
 
 
 def _by_module(
