@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 COLLABORATION = os.environ.get("LORA_NB_COLLABORATION") or (sys.executable if find_spec("jupyter_collaboration") else None)
 AXE = ROOT / "widgets/node_modules/axe-core/axe.min.js"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+BASE = "/user/someone/"  # as behind JupyterHub; `lora-nb lab`, which test_lab.py starts, serves at the root
 # No other errors are let pass. When a kernel is restarted just after its start, JupyterLab's own debugger says so, and what was under
 # way for the comm that ipywidgets has just opened: its subshell, its answer. Notebook 7's own keyboard shortcuts do when settings come
 # before they are known; and jupyter-collaboration looks there for JupyterLab's status bar.
@@ -144,20 +145,26 @@ def served(workspace: Path, own: Path, *sandbox: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [*sandbox, COLLABORATION or sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    words += [f"--port={port}", "--port-retries=0", "--IdentityProvider.token=t", f"--ServerApp.root_dir={workspace}"]
+    words += [
+        f"--port={port}",
+        "--port-retries=0",
+        "--IdentityProvider.token=t",
+        f"--ServerApp.root_dir={workspace}",
+        f"--ServerApp.base_url={BASE}",
+    ]
     for app in ("LabApp", "JupyterNotebookApp"):  # Notebook 7 is served beside it, at /tree
         words += [f"--{app}.extra_labextensions_path={own / 'labextensions'}", f"--{app}.expose_app_in_browser=True"]
     words += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--log-level=ERROR"]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=own) as server:
         for _ in range(120):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{BASE}api", timeout=5).close()
                 break
             except OSError:
                 server.poll()
                 assert server.returncode is None, "JupyterLab ended before it answered"
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/lab?token=t&reset"
+        yield f"http://127.0.0.1:{port}{BASE}lab?token=t&reset"
         server.terminate()
 
 

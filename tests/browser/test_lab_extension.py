@@ -57,10 +57,11 @@ def test_checks_are_run_from_a_fresh_kernel(lab, command, workspace):
 
 
 def test_panel_has_a_notebook_of_its_own(lab, command, workspace):
-    command("lora-nb:panel", cwd="")
+    (workspace / "below").mkdir()
+    command("lora-nb:panel", cwd="below")
     lab.locator(".jp-CodeCell .jp-InputArea-editor", has_text="ln.panel()").wait_for()
     lab.locator(".jp-CodeCell .jp-InputPrompt", has_text="[1]:").wait_for(timeout=60_000)
-    assert (workspace / "Untitled.ipynb").exists()
+    assert (workspace / "below/Untitled.ipynb").exists()
 
 
 def test_charts_live_in_a_notebook_and_stay_in_it_as_pictures(lab, workspace, theme, axe, save):

@@ -24,9 +24,9 @@ LONG = TRAIN.replace("30 --r 4", "5000")
 
 
 @pytest.fixture
-def cells(lab, opened):
+def cells(lab, opened, request):
     """A notebook with the extension and the embedded base; gives what types a cell, and what runs it and gives its output."""
-    found = opened("magics.ipynb", "%load_ext lora_nb\n%lora load tiny")
+    found = opened(f"{request.node.name}.ipynb", "%load_ext lora_nb\n%lora load tiny")
 
     def typed(text):
         lab.keyboard.press("Escape")
