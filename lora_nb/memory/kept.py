@@ -46,12 +46,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What trains in one block: rank by path of the linear layer; bottlenecks as (width of the bottleneck, what it reads) a sublayer."""
+    """What trains in one block: rank by path of the linear layer; bottlenecks as (width of the bottleneck, what it reads) a sublayer.
+
+    Args:
+        slow: the adapter calls the layer that it stands beside; `four_bits`: it is one function with that, whose weight has four bits.
+    """
 
     ranks: tuple[tuple[str, int], ...] = ()
     dropout: float = 0.0
     dora: bool = False
     slow: bool = False
+    four_bits: bool = False
     bottlenecks: tuple[tuple[str, int, str], ...] = ()
     everything: bool = False
 
@@ -157,11 +162,13 @@ class Tape:
             self.kept.add("adapters", of, times * (way.mask if way.mask == 1 else size))
         if own and not other and self.e == 4 and self.many:
             self.kept.fixed += 4 * linear.inputs * linear.outputs
-        if not own:
+        if not own or self.adapters.four_bits:
             self.kept.add("adapters", "", size * r)
         if self.adapters.dora:
             self.kept.add("adapters", "", size * linear.outputs)
-        if not own:  # the base's output, the update, and the scaled update
+        if self.adapters.four_bits:  # the output, to which the update is added in place; before that the input with its gaps
+            self.note_high(self.e * max(linear.outputs, linear.inputs if dropped else 0))
+        elif not own:  # the base's output, the update, and the scaled update
             self.note_high((self.e + 2 * size) * linear.outputs)
         elif way.converts:  # the output, and the update in both types
             self.note_high(2 * self.e * linear.outputs + way.adapter * linear.outputs)

@@ -106,6 +106,14 @@ class Setting:
         )
 
     @cached_property
+    def over_four_bits(self) -> bool:
+        """Whether LoRA and the weight in four bits below it are one function, that of `layers/lora_gpu.py`: in 16 bits on a GPU."""
+        if self.quant is None or self.quant.bitsandbytes or not isinstance(self.config, LoraConfig):
+            return False
+        more = self.config.use_dora or self.config.lora_bias or not isinstance(self.config.init_lora_weights, bool)
+        return not more and self.framework == "lora_nb" and self.device == "cuda" and self.precision != "fp32"
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """What the letters of a formula stand for."""
         s = self.shape
@@ -126,13 +134,13 @@ class Setting:
             before += other.count
         at = f"{stack.path}.{number - before}."
         found = tuple((linear.path, r) for linear in stack.linears if (r := self.ranks.get(at + linear.path)))
-        slow = (
+        slow = not self.over_four_bits and (
             self.config.lora_bias
             or self.quant is not None
             or self.shape.model_type in OWN_LAYERS
             or not isinstance(self.config.init_lora_weights, bool)
         )
-        return Adapters(found, self.config.lora_dropout, self.config.use_dora, slow)
+        return Adapters(found, self.config.lora_dropout, self.config.use_dora, slow, self.over_four_bits)
 
     def bottlenecks(self, stack: Stack, number: int) -> Iterator[tuple[str, int, str]]:
         """(sublayer, width of the bottleneck, what it reads)."""

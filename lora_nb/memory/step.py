@@ -154,6 +154,8 @@ def _needs(s: Setting, walk: Walk, stack: Stack) -> int:
         gone = 4 * last.inputs * last.outputs / s.tokens if walk.kept.fixed else 0
         # `Update` of layers/lora_linear.py: x and g in the adapter's type, what it adds to ∂L/∂x in that and in x's.
         update = (s.way.adapter * (last.outputs + 2 * last.inputs) + e * last.inputs) * part if adapted and s.way.converts else 0
+        if walk.adapters.four_bits:  # `LoraProduct16` adds in place, unless what it adds has gaps: that, and the mask
+            update = 2 * e * last.inputs if walk.adapters.dropout else 0
         mlp = max(e * (h + f) + update, e * (h + 2 * f) - gone)
     else:
         mlp = e * (h + (3 if s.shape.gated else 2) * f)
@@ -298,6 +300,9 @@ def assumptions(s: Setting) -> Iterator[str]:
     }[s.attention]
     if s.config is not None and s.shape.dropouts[1] and s.attention == "flash" and not s.way.flash:
         yield "with dropout in the attention a CPU has no fused kernel: its probabilities are kept in fp32"
+    yield from [
+        "of a layer in 4 bits with LoRA, its input as it came and x Aᵀ are kept; a dropout's mask is drawn again"
+    ] * s.over_four_bits
     if s.quant is not None:
         yield "embeddings, norms" + (" and the output head" if s.quant.skip_head else "") + " stay in the weights' own type"
         if s.shape.experts != (1, 1):

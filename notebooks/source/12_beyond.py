@@ -142,8 +142,8 @@ for change in plan.changes():
     print(f"{change.total / 2**30:6.1f} GiB  {change.what}")
 
 # %% [markdown]
-# Lines that begin with "and" add up: each keeps the changes of the "and" lines above it. Two single changes hardly help here. The optimizer keeps two numbers for each that trains, and with LoRA these are few; and with this batch the
-# activations, not the weights, are the largest part, so four bits save little until the batch is smaller. A first run on a rented card might be these lines, in a file `train.py` (needs about what the estimate says, and the licence of the model):
+# Lines that begin with "and" add up: each keeps the changes of the "and" lines above it. One single change does not help here: the optimizer keeps two numbers for each that trains, and with LoRA these are few.
+# Four bits take most of the weights away; but with this batch the activations, not the weights, are the largest part, and they stay as they are until the batch is smaller. A first run on a rented card might be these lines, in a file `train.py` (needs about what the estimate says, and the licence of the model):
 #
 # ```python
 # import lora_nb as ln

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as T
-from torch import nn
+from torch import Tensor, nn
 
 import lora_nb as ln
 from lora_nb.configs.quant import QuantConfig
+from lora_nb.fusing import fused
+from lora_nb.layers import lora_gpu
 from lora_nb.memory.cards import CARDS, Card
 from lora_nb.memory.estimate import estimate, shape_of
 from lora_nb.memory.report import Estimate
@@ -183,3 +186,74 @@ def test_published_rows_stay_where_they_are() -> None:
     ours, theirs = (estimate("gpt2", LORA, framework=name, batch_size=8) for name in ("lora_nb", "peft"))
     assert theirs.parts["logits"] == 12 * 8 * 512 * 50257
     assert ours.parts["logits"] < 0.5 * theirs.parts["logits"]
+
+
+# ---- over four bits -------------------------------------------------------------------------------------------------
+
+EIGHT = "meta-llama/Llama-3.1-8B"
+
+
+def kept_in_four_bits(config: ln.LoraConfig) -> int:
+    """Bytes that autograd keeps of a batch of 2 × 160 beside the model's own: every block's and the last norm's, by a GPU's way."""
+    torch.manual_seed(0)
+    model = T.LlamaForCausalLM(MADE["llama"]()).bfloat16()
+    ln.quantize(model, QuantConfig())
+    ln.attach(model, config)
+    kept: dict[int, int] = {}
+
+    def hear(t: Tensor) -> Tensor:
+        if t.ndim and t.shape[0] in {2, 320}:  # by text or by token; not the adapter in the products' type
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with fused(model.train()), torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(hear, lambda t: t):
+        model.base_model(torch.arange(320).view(2, 160) % 301, use_cache=False)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_dropout": 0.1}, {"target_modules": ["q_proj", "v_proj"]}], ids=["all", "dropout", "q and v"]
+)
+def test_over_four_bits_it_is_what_the_function_of_a_gpu_keeps(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU taken for one, where the old way keeps more."""
+    config = ln.LoraConfig(r=8, lora_alpha=20, **changes)
+    settings = {"quant": "nf4", "batch_size": 2, "seq_len": 160, "dtype": "bfloat16"}
+    said = dict(estimate(MADE["llama"](), config, device="cuda", **settings).timeline)["loss"]["activations"]
+    assert kept_in_four_bits(config) > 1.05 * said
+    monkeypatch.setattr(lora_gpu, "DEVICES", {"cpu"})
+    assert kept_in_four_bits(config) == pytest.approx(said, rel=0.02)
+
+
+def test_over_four_bits_a_gpu_keeps_what_it_does_over_sixteen_and_the_report_says_so() -> None:
+    settings = {"batch_size": 4, "seq_len": 1024}
+    config = ln.LoraConfig(r=16, lora_alpha=20)
+    plain, four = (estimate(EIGHT, config, quant=quant, **settings) for quant in (None, "nf4"))
+    low_rank = 32 * 4096 * 7 * 2 * 16  # blocks, tokens, linear layers, bytes, rank
+    assert four.parts["activations"] - plain.parts["activations"] == pytest.approx(low_rank, rel=0.04)  # but for the lowest block
+    assert "adapters 4h + 224 + 2f + " in four.formula["activations"]
+    assert any("its input as it came and x Aᵀ" in said for said in four.assumptions)
+    assert not any("x Aᵀ" in said for said in plain.assumptions)
+
+
+# (of LoRA, of the step, bytes as they were counted before the GPU's function was there)
+ELSEWHERE: dict[str, tuple[dict[str, object], dict[str, object], int]] = {
+    "DoRA": ({"use_dora": True}, {}, 46_885_872_512),
+    "a bias": ({"lora_bias": True}, {}, 35_611_583_360),
+    "PiSSA": ({"init_lora_weights": "pissa"}, {}, 35_595_068_288),
+    "products in 32 bits": ({}, {"precision": "fp32"}, 45_824_975_744),
+    "a CPU": ({}, {"device": "cpu", "precision": "bf16"}, 37_344_592_768),
+    "PEFT": ({}, {"framework": "peft"}, 41_546_818_432),
+    "bitsandbytes, 4 bits": ({}, {"quant": "bnb-nf4"}, 35_595_068_288),
+    "bitsandbytes, 8 bits": ({}, {"quant": "bnb-int8"}, 38_979_477_504),
+    "16 bits": ({"lora_dropout": 0.1}, {"quant": None}, 42_048_397_312),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_whatever_else_is_over_four_bits_counts_as_before(case: str) -> None:
+    changes, settings, total = ELSEWHERE[case]
+    found = estimate(
+        EIGHT, ln.LoraConfig(r=16, lora_alpha=20, **changes), **({"quant": "nf4", "batch_size": 4, "seq_len": 1024} | settings)
+    )
+    assert found.total == total
+    assert not any("x Aᵀ" in said for said in found.assumptions)
