@@ -249,7 +249,11 @@ def estimated(tokens: int, *, quick: bool) -> int | None:
     if not hasattr(ln, "estimate"):
         return None
     settings = {"quant": "nf4", "batch_size": 1, "seq_len": tokens, "dtype": torch.float32, "gradient_checkpointing": True}
-    return int(ln.estimate(big_config(quick=quick), ln.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear"), **settings).total)
+    return int(
+        ln.estimate(
+            big_config(quick=quick), ln.LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear"), **settings, device="cpu"
+        ).total
+    )
 
 
 def loading(folder: str) -> Numbers:
