@@ -244,10 +244,8 @@ def big_parameters(model: nn.Module) -> list[int]:
     return [m.in_features * m.out_features for m in model.modules() if hasattr(m, "weight_dense") and hasattr(m, "quantized")]
 
 
-def estimated(tokens: int, *, quick: bool) -> int | None:
-    """What `estimate` says of the same, once the package has it."""
-    if not hasattr(ln, "estimate"):
-        return None
+def estimated(tokens: int, *, quick: bool) -> int:
+    """What `estimate` says of the same."""
     settings = {"quant": "nf4", "batch_size": 1, "seq_len": tokens, "dtype": torch.float32, "gradient_checkpointing": True}
     return int(
         ln.estimate(

@@ -55,6 +55,16 @@ def test_rank(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_budgets(tmp_path: Path) -> None:
+    found = ran("budgets.py", tmp_path, "--only", "stdlib")["stdlib"]
+    one, by_module = (found["methods"][name] for name in ("one rank", "find_rank's ranks"))
+    assert 0.99 * one["parameters"] <= by_module["parameters"] <= one["parameters"]
+    assert max(one["median"], by_module["median"]) < found["base"]
+    assert found["ranks"][0] < 8 < found["ranks"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_latency(tmp_path: Path) -> None:
     (section,) = ran("latency.py", tmp_path, "--only", "124M", "--threads", "1").values()
     rows = {(row["phase"], row["variant"], row["over"]): row for row in section["rows"]}

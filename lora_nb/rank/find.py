@@ -153,9 +153,10 @@ def _tokens(run: Run | None, cost: float, most: int, apart: float) -> float:
 
 def _apart(model: nn.Module, parts: Sequence[LoraWeights]) -> float:
     """Tokens whose forward takes as long as taking the update apart: in 64 bits, so twice what these many multiply-adds would."""
-    sizes = ((part.r, len(part.lora_B), part.lora_A[0].numel()) for part in parts)
+    sizes = [(part.r, len(part.lora_B), part.lora_A[0].numel()) for part in parts]
     work = sum(15 * r**3 + r * r * (4 * out + fan_in) for r, out, fan_in in sizes)  # three factorizations; products with A and B
-    return 2 * work / max(1, sum(p.numel() for p in model.parameters()))
+    adapted = sum(out * fan_in for _, out, fan_in in sizes)  # a base in four bits holds fewer numbers than it multiplies by
+    return 2 * work / max(1, adapted, sum(p.numel() for p in model.parameters()))
 
 
 def _by_module(
